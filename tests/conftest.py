@@ -1,0 +1,56 @@
+"""A tiny random Llama (2 layers, d_model 64, 4 query and 2 key/value heads) shared by all tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+VOCAB = 512
+
+
+@pytest.fixture(scope="session", autouse=True)
+def two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+def make_tiny_llama(tied: bool = False, seed: int = 0, **changes):
+    """A transformers LlamaForCausalLM with random weights and random norm gains."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings = {
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "tie_word_embeddings": tied,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "initializer_range": 0.08,
+    } | changes
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(**settings)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.uniform_(0.5, 1.5)
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny_llama():
+    return make_tiny_llama()
+
+
+@pytest.fixture(scope="session")
+def tiny_hf_folder(tmp_path_factory, tiny_llama) -> Path:
+    """The tiny Llama as a Hugging Face safetensors folder (no tokenizer; load tests add one)."""
+    folder = tmp_path_factory.mktemp("tiny_hf")
+    tiny_llama.save_pretrained(folder)
+    return folder
