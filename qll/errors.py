@@ -124,5 +124,9 @@ class LockedError(OutputError):
     """Another process is writing to the same folder."""
 
 
+class ReportError(QLLError):
+    """A report that lacks a key, or holds a value that is not what the key promises."""
+
+
 class ConvergenceError(QLLError):
     """A factorisation whose result is not finite."""

@@ -1,0 +1,26 @@
+"""Weights -> tensor networks: metric -> plan -> fit -> write. Read plan.py first.
+
+Input: a Source and its MomentStore. Output: a plan, and a folder of shards.
+`FORMATS` names what --format accepts; each is fitted by `fit` in the metric of its unit.
+"""
+
+from qll.convert.fit import fit
+from qll.convert.plan import Plan, PlanEntry, load_plan, make_plan, metrics_of, read_weights
+from qll.convert.write import assemble, convert_units, saved_dtype
+from qll.tn import JOINTS, NETWORKS
+
+FORMATS = ("auto", "dense", *NETWORKS, *JOINTS)
+
+__all__ = [
+    "FORMATS",
+    "Plan",
+    "PlanEntry",
+    "assemble",
+    "convert_units",
+    "fit",
+    "load_plan",
+    "make_plan",
+    "metrics_of",
+    "read_weights",
+    "saved_dtype",
+]

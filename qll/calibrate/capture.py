@@ -1,0 +1,105 @@
+"""Text in, second moments out, with one block of the model in memory.
+
+Forward: every block runs on all windows before the next one is read. Backward, when gradients are
+asked for: from the last block to the first, each block is read again, recomputed on its stored
+input and differentiated, so the gradients are those of the whole model. Blocks that the journal
+lists are run but not measured again; a resumed run ends with the same bytes as an undisturbed one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from tqdm import tqdm
+
+from qll import store
+from qll.calibrate.journal import Journal
+from qll.calibrate.moments import HEAD_NAME, SUMMARY_NAME, MomentStore, block_name
+from qll.calibrate.passes import Run, backward_block, embedding, forward_block, start, top
+from qll.calibrate.probe import CLIP, TRIM, trimmed
+from qll.calibrate.streams import Streams
+from qll.errors import TextError
+from qll.load import Source
+
+SCHEMA_VERSION = 1
+
+
+def collect(
+    source: Source,
+    windows: Int[Tensor, "windows context"],
+    folder: Path,
+    *,
+    gradients: bool,
+    device: str | torch.device = "cpu",
+) -> MomentStore:
+    """Second moments of all linear layers of `source` over `windows`, written to `folder`.
+
+    With `gradients`, also those of dLoss/dOutput, where the loss is the cross-entropy of every
+    next token summed over all windows (so that the scale per token does not depend on how many
+    there are); see `probe` for how single gradients are trimmed and clipped. Activations between
+    blocks take windows x context x d_model x 4 bytes, times n_layers + 3 with gradients; they are
+    in memory up to 2 GB and in files of `folder` above that.
+
+    Resumes a killed run of the same job and returns at once when it is finished. Raises TextError
+    for windows of one token, ForeignRunError when `folder` holds another job, NonFiniteError
+    naming the block whose output is NaN or infinite, OutputError and DiskFullError.
+
+    >>> store = collect(source, windows, Path("moments"), gradients=True)  # doctest: +SKIP
+    >>> store.block(0)["model.layers.0.mlp.down_proj"].grad.shape  # doctest: +SKIP
+    torch.Size([576, 576])
+    """
+    if windows.shape[0] < 1 or windows.shape[1] < 2:
+        raise TextError(
+            "calibration needs windows of two tokens or more",
+            expected="[windows, context >= 2]",
+            found=list(windows.shape),
+        )
+    journal = Journal(folder, _job(source, windows, gradients))
+    if (folder / SUMMARY_NAME).is_file():
+        return MomentStore(folder)
+    with _start(source, windows, journal, gradients, torch.device(device)) as run:
+        _embed(run)
+        for index in range(run.n_layers):
+            _forward_block(run, index)
+        _head(run)
+        if gradients:
+            for index in reversed(range(run.n_layers)):
+                _backward_block(run, index)
+            _embedding(run)
+    store.write_json(folder / SUMMARY_NAME, _summary(journal))
+    run.streams.close()
+    return MomentStore(folder)
+
+
+def _job(source: Source, windows: Tensor, gradients: bool) -> dict[str, Any]:
+    """What must be the same for a run to continue another."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "source": source.fingerprint,
+        "windows": list(windows.shape),
+        "windows_sha256": hashlib.sha256(windows.cpu().long().numpy().tobytes()).hexdigest(),
+        "gradients": gradients,
+        "n_layers": source.config.num_hidden_layers,
+        "trim": TRIM,
+        "clip": list(CLIP),
+    }
+
+
+def _summary(journal: Journal) -> dict[str, Any]:
+    job = journal.job
+    windows, context = job["windows"]
+    blocks = [journal.facts(block_name(index)) for index in range(job["n_layers"])]
+    kept = windows * (context - 2 * trimmed(context))
+    return {
+        **job,
+        "tokens": windows * context,
+        "grad_tokens": kept if job["gradients"] else 0,
+        "nll": journal.facts(HEAD_NAME)["nll"],
+        "block_influence": [facts["influence"] for facts in blocks],
+    }

@@ -1,0 +1,64 @@
+"""Sums of x x^T over tokens: float32 products, float64 sums, the upper triangle only.
+
+A second moment is symmetric, so only the panels on and above the diagonal are multiplied, held and
+stored: half the work, memory and disk of the square matrix.
+
+>>> gram = GramSum(3); gram.add(torch.tensor([[1.0, 2.0, 0.0], [0.0, 1.0, 1.0]]))
+>>> unpack(gram.packed()).tolist()
+[[1.0, 2.0, 0.0], [2.0, 5.0, 1.0], [0.0, 1.0, 1.0]]
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float, Float32, Float64
+from torch import Tensor
+
+# Rows of a panel: narrow panels waste less below the diagonal, wide ones multiply faster.
+PANEL = 256
+
+
+class GramSum:
+    """Running sum of x x^T over tokens of width `size`; `tokens` counts what was added."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.tokens = 0
+        self._panels = [
+            torch.zeros(min(PANEL, size - start), size - start, dtype=torch.float64)
+            for start in range(0, size, PANEL)
+        ]
+
+    def add(self, rows: Float[Tensor, "tokens size"]) -> None:
+        """Add sum_t rows[t] rows[t]^T: multiplied in float32 where `rows` lies, summed on the CPU
+        in float64 (MPS has none)."""
+        assert rows.shape[1] == self.size, "rows have another width than the sum"
+        rows = rows.detach().float()
+        for number, panel in enumerate(self._panels):
+            start = number * PANEL
+            product = rows[:, start : start + PANEL].T @ rows[:, start:]
+            panel += product.cpu()
+        self.tokens += rows.shape[0]
+
+    def packed(self) -> Float32[Tensor, " entries"]:
+        """The upper triangle row after row, size (size + 1) / 2 entries, as float32.
+
+        Rounding a finished sum to float32 is a relative error of 6e-8 per entry, far below the
+        sampling noise of any calibration text.
+        """
+        return torch.cat([panel[_upper(*panel.shape)].float() for panel in self._panels])
+
+
+def unpack(packed: Float[Tensor, " entries"]) -> Float64[Tensor, "size size"]:
+    """The symmetric matrix whose upper triangle, row after row, is `packed`, in float64."""
+    size = (math.isqrt(8 * packed.numel() + 1) - 1) // 2
+    assert size * (size + 1) // 2 == packed.numel(), "not the triangle of a square matrix"
+    matrix = torch.zeros(size, size, dtype=torch.float64)
+    matrix[_upper(size, size)] = packed.double()
+    return matrix + matrix.triu(1).T
+
+
+def _upper(rows: int, columns: int) -> Tensor:
+    return torch.ones(rows, columns, dtype=torch.bool).triu()

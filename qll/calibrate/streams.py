@@ -1,0 +1,108 @@
+"""The residual stream between blocks: in memory when small, memory-mapped files when large.
+
+A stream is one float32 tensor [windows, context, d_model]. Files survive a kill: a stream that was
+committed is listed in `streams/journal.jsonl` and read back instead of being computed again.
+Streams in memory are simply computed again, with the same result.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+
+from qll import store
+
+logger = logging.getLogger("qll.calibrate")
+
+# All streams of a run together stay in memory up to this many bytes.
+MEMORY_LIMIT = 2 << 30
+JOURNAL_NAME = "journal.jsonl"
+
+
+class Streams:
+    """Named float32 tensors of one `shape`; at most `count` of them exist at a time.
+
+    >>> import tempfile; streams = Streams(Path(tempfile.mkdtemp()), (1, 2, 3), count=2)
+    >>> streams.create("hidden.0").fill_(1).sum().item(), streams.find("hidden.0") is None
+    (6.0, True)
+    >>> streams.commit("hidden.0"); streams.find("hidden.0").shape
+    torch.Size([1, 2, 3])
+    """
+
+    def __init__(self, folder: Path, shape: tuple[int, int, int], count: int) -> None:
+        self.folder, self.shape = folder / "streams", shape
+        self.nbytes = 4 * math.prod(shape) * count
+        self.on_disk = self.nbytes > MEMORY_LIMIT
+        self._open: dict[str, Tensor] = {}
+        self._files: dict[str, np.memmap] = {}
+        self._committed: set[str] = set()
+        if self.on_disk:
+            self._reopen()
+        place = f"memory-mapped files in {self.folder}" if self.on_disk else "memory"
+        logger.info("activations between blocks: %.2f GB in %s", self.nbytes / 1e9, place)
+
+    def create(self, name: str) -> Float32[Tensor, "windows context d_model"]:
+        """A new tensor to be filled and then committed."""
+        if not self.on_disk:
+            self._open[name] = torch.empty(self.shape)
+        else:
+            self._open[name] = self._map(name, "w+")
+        return self._open[name]
+
+    def commit(self, name: str) -> None:
+        """Declare `name` complete; a file is on disk when this returns."""
+        if self.on_disk:
+            self._files[name].flush()
+            store.append_line(self.folder / JOURNAL_NAME, {"committed": name})
+        self._committed.add(name)
+
+    def find(self, name: str) -> Float32[Tensor, "windows context d_model"] | None:
+        """The committed stream `name`, or None."""
+        if name not in self._committed:
+            return None
+        if name not in self._open:
+            self._open[name] = self._map(name, "r+")
+        return self._open[name]
+
+    def drop(self, name: str) -> None:
+        """Free the memory or the file of `name`; absent is fine."""
+        if self.on_disk and name in self._committed:
+            store.append_line(self.folder / JOURNAL_NAME, {"dropped": name})
+            store.remove(self._path(name))
+        self._committed.discard(name)
+        self._open.pop(name, None)
+        self._files.pop(name, None)
+
+    def close(self) -> None:
+        """Free everything."""
+        self._open.clear()
+        self._files.clear()
+        self._committed.clear()
+        store.remove(self.folder)
+
+    def _reopen(self) -> None:
+        store.make_folder(self.folder)
+        for line in store.read_lines(self.folder / JOURNAL_NAME):
+            self._committed.discard(line.get("dropped", ""))
+            if "committed" in line:
+                self._committed.add(line["committed"])
+        size = 4 * math.prod(self.shape)
+        self._committed = {
+            name
+            for name in self._committed
+            if self._path(name).is_file() and self._path(name).stat().st_size == size
+        }
+        store.require_space(self.folder, self.nbytes - size * len(self._committed))
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.float32"
+
+    def _map(self, name: str, mode: str) -> Tensor:
+        self._files[name] = np.memmap(self._path(name), np.float32, mode, shape=self.shape)
+        return torch.from_numpy(self._files[name])

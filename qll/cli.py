@@ -1,0 +1,227 @@
+"""The command line: parse, call, print. `--help` answers without importing torch.
+
+stdout carries results, stderr progress. Exit codes: 0 ok, 2 usage, 3 bad input or output,
+4 interrupted but resumable.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from qll.config import (
+    EvalConfig,
+    ExportConfig,
+    GenerateConfig,
+    InspectConfig,
+    MainConfig,
+    ReportConfig,
+    VerifyConfig,
+    main_config_from_json,
+)
+from qll.errors import QLLError, UsageError
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A subcommand: its settings and what it does with them."""
+
+    config: type
+    action: Callable[[Any], None]
+    help: str
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    # progress of other libraries would mix with ours
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        name = words.pop(0) if words and not words[0].startswith("-") else "run"
+        if name not in VERBS:
+            raise UsageError(
+                "no such verb", found=name, expected=", ".join(VERBS), hint="see --help"
+            )
+        verb = VERBS[name]
+        verb.action(_parse(verb, name, words))
+    except QLLError as error:
+        return _fail(str(error), error.exit_code, debug)
+    except KeyboardInterrupt:
+        return _fail("interrupted; run the same command again to resume", 4, debug)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    except BrokenPipeError:
+        return 0
+    return 0
+
+
+def run(config: MainConfig) -> None:
+    """The main job; prints the table of the report."""
+    from qll import pipeline
+    from qll.report import text_table
+
+    if config.dry_run:
+        print(pipeline.dry_run(config))
+        return
+    out = pipeline.run(config)
+    value = json.loads((out / "report.json").read_text("utf-8"))
+    print(text_table(value))
+    print(f"report: {out / 'report.html'}")
+
+
+def plan(config: MainConfig) -> None:
+    """Calibrate and print which network each matrix would get; plan.json can be edited."""
+    from qll import pipeline
+    from qll.convert import load_plan
+
+    out = pipeline.run(config, until="plan")
+    for entry in load_plan(out / "plan.json").entries:
+        spec = entry.spec
+        shape = "dense" if spec is None else f"{spec.format} {list(spec.ranks)}"
+        share = entry.params / entry.unit.dense_params
+        print(f"{entry.unit.name:60s} {shape:32s} {share:6.3f} {entry.loss:10.3e}")
+    print(f"plan: {out / 'plan.json'} (edit it, then run `convert` with the same flags)")
+
+
+def convert(config: MainConfig) -> None:
+    """Calibrate, plan and convert, without evaluation."""
+    from qll import pipeline
+
+    print(pipeline.run(config, until="convert") / "model")
+
+
+def inspect(config: InspectConfig) -> None:
+    """Print what a checkpoint is made of."""
+    from qll.load import inspect_path, render
+
+    description = inspect_path(config.llama_dir)
+    print(json.dumps(description, indent=1) if config.json else render(description))
+
+
+def evaluate(config: EvalConfig) -> None:
+    """Print the quality of a converted folder as JSON."""
+    from qll import pipeline
+
+    print(json.dumps(pipeline.evaluate_folder(config), indent=1))
+
+
+def generate(config: GenerateConfig) -> None:
+    """Stream a continuation of the prompt."""
+    from qll import pipeline
+
+    for piece in pipeline.generate_text(config):
+        print(piece, end="", flush=True)
+    print()
+
+
+def verify(config: VerifyConfig) -> None:
+    """Check a converted folder and say so."""
+    from qll.model import load
+
+    load(config.model, verify=True)
+    print(f"{config.model}: every file, key and the logits fingerprint match the manifest")
+
+
+def export(config: ExportConfig) -> None:
+    """Write a converted folder in a layout others can open."""
+    from qll.model import export_dense, export_two_linear
+
+    writer = export_dense if config.layout == "dense" else export_two_linear
+    writer(config.model, config.out)
+    print(config.out)
+
+
+def report(config: ReportConfig) -> None:
+    """Draw report.html again from report.json."""
+    from qll import store
+    from qll.report import render, text_table
+
+    value = store.read_json(config.run / "report.json")
+    store.write_text(config.run / "report.html", render(value))
+    print(text_table(value))
+    print(f"report: {config.run / 'report.html'}")
+
+
+VERBS = {
+    "run": Verb(MainConfig, run, "the main job (also without a verb)"),
+    "inspect": Verb(InspectConfig, inspect, "dimensions, connectivity, parameters, bytes"),
+    "plan": Verb(MainConfig, plan, "calibrate and choose format and ranks per matrix"),
+    "convert": Verb(MainConfig, convert, "calibrate, plan and convert"),
+    "eval": Verb(EvalConfig, evaluate, "perplexity, bits per byte, KL, agreement"),
+    "generate": Verb(GenerateConfig, generate, "continue a prompt"),
+    "verify": Verb(VerifyConfig, verify, "check a converted folder against its manifest"),
+    "export": Verb(ExportConfig, export, "write a plain Llama, or factors as pairs of linears"),
+    "report": Verb(ReportConfig, report, "draw the page and the table again"),
+}
+
+
+def _parse(verb: Verb, name: str, words: list[str]) -> Any:
+    """The verb's settings: defaults, then --config FILE, then flags."""
+    default, words = _default(verb, words)
+    program = "main.py" if name == "run" else f"main.py {name}"
+    description = verb.config.__doc__
+    if name == "run":
+        lines = [f"  {key:10s} {item.help}" for key, item in VERBS.items()]
+        description = "\n".join([description, "", "Verbs (main.py VERB --help):", *lines])
+    return tyro.cli(
+        verb.config,
+        prog=program,
+        description=description,
+        args=[_underscored(word) for word in words],
+        default=default,
+        config=(tyro.conf.OmitArgPrefixes,),
+        use_underscores=True,
+    )
+
+
+def _default(verb: Verb, words: list[str]) -> tuple[Any, list[str]]:
+    """The settings of --config FILE (a run.json, or its "settings"), and the words left."""
+    if verb.config is not MainConfig:
+        return None, words
+    path, rest = None, []
+    iterator = iter(words)
+    for word in iterator:
+        if word == "--config":
+            path = next(iterator, None)
+        elif word.startswith("--config="):
+            path = word.removeprefix("--config=")
+        else:
+            rest.append(word)
+            continue
+        if not path:
+            raise UsageError("needs a file", where="--config", hint="give a run.json")
+    if path is None:
+        return MainConfig(), rest
+    try:
+        value = json.loads(Path(path).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError("cannot read the settings", where=path, found=str(error)) from None
+    settings = dict(value.get("settings", value))
+    settings.pop("fingerprint", None)
+    return main_config_from_json(settings, Path(path)), rest
+
+
+def _underscored(word: str) -> str:
+    """--calib-text and --calib_text are the same flag; values stay as they are."""
+    if not word.startswith("--"):
+        return word
+    flag, equals, value = word.partition("=")
+    return "--" + flag[2:].replace("-", "_") + equals + value
+
+
+def _fail(message: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"qll: {message}", file=sys.stderr)
+    return code

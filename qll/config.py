@@ -1,0 +1,263 @@
+"""Every setting of every verb, as frozen dataclasses; the docstring under a field is its --help.
+
+Values are checked here, so a wrong one is refused before torch is imported. No command-line
+library here: only `qll.cli` knows one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from qll.errors import UsageError
+
+Device = Literal["auto", "cuda", "mps", "cpu"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Format = Literal[
+    "auto", "dense", "lowrank", "mpo", "tucker", "tree", "kron", "joint_tree", "joint_tucker"
+]
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """How weights become tensor networks."""
+
+    keep: float = 0.8
+    """Share of the block linears' parameters to keep, in (0, 1]."""
+    format: Format = "auto"
+    """Tensor network of every block linear; auto chooses among dense, lowrank and joint_tree."""
+    effort: Literal["fast"] = "fast"
+    """fast: closed forms only (no training)."""
+    metric: Literal["kfac", "activation", "plain"] = "kfac"
+    """Norm in which weights are truncated: K-FAC (inputs and output gradients), inputs, or none."""
+    allocation: Literal["global", "uniform"] = "global"
+    """One budget over all matrices by predicted loss, or the same share for each matrix."""
+    gauge: Literal["interpolative", "none"] = "interpolative"
+    """Store an identity block per bond for free, or every number of every core."""
+    sites: int = 3
+    """Cores per matrix of --format mpo and tree."""
+    norms: Literal["keep", "fold"] = "keep"
+    """Leave RMSNorm gains where they are, or multiply them into the next linear (both exact)."""
+    keep_embeddings: float = 1.0
+    """Share of the embedding (and output head) parameters to keep; 1 leaves them dense."""
+    dtype: Dtype = "auto"
+    """Dtype of the saved tensors; auto is the source's (float32 for quantised GGUF files)."""
+
+    def __post_init__(self) -> None:
+        _require_share("--keep", self.keep)
+        _require_share("--keep_embeddings", self.keep_embeddings)
+        _require_positive("--sites", self.sites, least=2)
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """Which texts the moments are measured on and the models are scored on."""
+
+    calib_text: Path | None = None
+    """UTF-8 file for calibration; default: half of the topics in Python's own pydoc_data."""
+    eval_text: Path | None = None
+    """UTF-8 file for evaluation; default: the other half."""
+    calib_tokens: int = 8192
+    """Tokens of the calibration text to use."""
+    eval_tokens: int = 4096
+    """Tokens of each evaluation text to score."""
+    context: int = 1024
+    """Tokens per window; windows do not overlap."""
+
+    def __post_init__(self) -> None:
+        for name in ("calib_tokens", "eval_tokens", "context"):
+            _require_positive(f"--{name}", getattr(self, name), least=2)
+        for name in ("calib_text", "eval_text"):
+            path = getattr(self, name)
+            if path is not None and not path.is_file():
+                raise UsageError(
+                    "no such file", where=f"--{name}", found=path, hint="give the path of a text"
+                )
+
+
+@dataclass(frozen=True)
+class MainConfig:
+    """The main job: load, calibrate, plan, convert, evaluate, look inside, report."""
+
+    llama_dir: Path | None = None
+    """Folder or .gguf file of a Llama checkpoint; default: the embedded SmolLM2-135M-Instruct."""
+    sae_dir: Path | None = None
+    """Folder of sparse autoencoders (this version says that it cannot attach them yet)."""
+    sae_layers: str = ""
+    """Blocks whose autoencoders to use, for instance 0,1,2."""
+    out: Path = Path("runs/qll")
+    """Output folder; a second run with the same settings resumes it."""
+    device: Device = "auto"
+    """Where matrix products run; factorisations run on the CPU."""
+    seed: int = 0
+    """Seed of everything random."""
+    dry_run: bool = False
+    """Print what would be done, its size and its memory, and stop."""
+    convert: ConvertOptions = field(default_factory=ConvertOptions)
+    texts: TextOptions = field(default_factory=TextOptions)
+
+    def __post_init__(self) -> None:
+        if self.sae_layers and self.sae_dir is None:
+            raise UsageError("needs --sae_dir", where="--sae_layers", found=self.sae_layers)
+        self.blocks_with_sae()
+
+    def blocks_with_sae(self) -> list[int]:
+        """The block indices of --sae_layers; raises UsageError when they are not integers."""
+        words = [word for word in self.sae_layers.split(",") if word.strip()]
+        if not all(word.strip().isdecimal() for word in words):
+            raise UsageError(
+                "not a list of blocks",
+                where="--sae_layers",
+                expected="integers separated by commas",
+                found=self.sae_layers,
+                hint="for instance --sae_layers 0,1,2",
+            )
+        return [int(word) for word in words]
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """Print dimensions, connectivity, row order, parameter counts and bytes of a checkpoint."""
+
+    llama_dir: Path | None = None
+    """Checkpoint folder, .gguf file, or a folder with only a config.json or params.json."""
+    json: bool = False
+    """Print JSON instead of tables."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Score a converted folder against the dense model it came from."""
+
+    model: Path
+    """Folder of a converted checkpoint (the model/ of a run)."""
+    llama_dir: Path | None = None
+    """The dense checkpoint; default: the embedded SmolLM2-135M-Instruct."""
+    eval_text: Path | None = None
+    """UTF-8 file to score; default: the evaluation half of pydoc_data's topics."""
+    eval_tokens: int = 4096
+    """Tokens to score."""
+    context: int = 1024
+    """Tokens per window; windows do not overlap."""
+    device: Device = "auto"
+    """Where to run."""
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Continue a prompt with a converted folder, or with a dense checkpoint."""
+
+    prompt: str
+    """Text to continue."""
+    model: Path | None = None
+    """Converted folder, dense checkpoint folder or .gguf file; default: the embedded model."""
+    max_new_tokens: int = 64
+    """Tokens to write at most."""
+    temperature: float = 0.0
+    """0 always takes the most likely token."""
+    top_p: float = 1.0
+    """Sample from the smallest set of tokens with this much probability, in (0, 1]."""
+    seed: int = 0
+    """Seed of the sampling."""
+    chat: bool = False
+    """Wrap the prompt in the tokenizer's chat template."""
+    device: Device = "auto"
+    """Where to run."""
+
+    def __post_init__(self) -> None:
+        _require_positive("--max_new_tokens", self.max_new_tokens, least=1)
+        _require_share("--top_p", self.top_p)
+        if not 0 <= self.temperature < float("inf"):
+            raise UsageError(
+                "not a temperature",
+                where="--temperature",
+                expected="a finite number of at least 0",
+                found=self.temperature,
+            )
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """Check every byte, key and the logits fingerprint of a converted folder."""
+
+    model: Path
+    """Folder of a converted checkpoint."""
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write a converted folder as a plain Llama, or its low-rank factors as pairs of linears."""
+
+    model: Path
+    """Folder of a converted checkpoint."""
+    out: Path
+    """New folder."""
+    layout: Literal["dense", "two_linear"] = "dense"
+    """dense: opens everywhere; two_linear: factors as two Linear weights each."""
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Draw report.html and the table again from a report.json."""
+
+    run: Path
+    """Folder of a finished run."""
+
+
+def to_json(config: Any) -> Any:
+    """A config dataclass as JSON values; paths become strings.
+
+    >>> to_json(VerifyConfig(model=Path("runs/x/model")))
+    {'model': 'runs/x/model'}
+    """
+    if dataclasses.is_dataclass(config):
+        return {
+            item.name: to_json(getattr(config, item.name)) for item in dataclasses.fields(config)
+        }
+    return str(config) if isinstance(config, Path) else config
+
+
+def main_config_from_json(value: dict[str, Any], where: Path) -> MainConfig:
+    """The MainConfig that `to_json` wrote; raises UsageError for keys we do not know."""
+    parts = {"convert": ConvertOptions, "texts": TextOptions}
+    known = {item.name for item in dataclasses.fields(MainConfig)}
+    _require_known(where, set(value), known)
+    settings = dict(value)
+    for name, kind in parts.items():
+        inner = dict(settings.get(name, {}))
+        _require_known(where, set(inner), {item.name for item in dataclasses.fields(kind)})
+        settings[name] = kind(**{key: _path(key, item) for key, item in inner.items()})
+    return MainConfig(**{key: _path(key, item) for key, item in settings.items()})
+
+
+def _path(key: str, value: Any) -> Any:
+    is_path = key in ("llama_dir", "sae_dir", "out", "calib_text", "eval_text")
+    return Path(value) if is_path and value is not None else value
+
+
+def _require_known(where: Path, found: set[str], known: set[str]) -> None:
+    if unknown := found - known:
+        raise UsageError(
+            "unknown settings",
+            where=where,
+            expected=f"some of {', '.join(sorted(known))}",
+            found=", ".join(sorted(unknown)),
+        )
+
+
+def _require_share(flag: str, value: float) -> None:
+    if not 0 < value <= 1:
+        raise UsageError(
+            "not a share",
+            where=flag,
+            expected="a number in (0, 1]",
+            found=value,
+            hint=f"for instance {flag} 0.8",
+        )
+
+
+def _require_positive(flag: str, value: int, least: int) -> None:
+    if value < least:
+        raise UsageError("too small", where=flag, expected=f"at least {least}", found=value)

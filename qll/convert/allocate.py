@@ -1,0 +1,73 @@
+"""Which candidate each matrix gets: least predicted loss under one parameter budget.
+
+An integer programme (scipy's HiGHS): one binary per candidate; each matrix is covered exactly once,
+by a candidate of its own or of a group it is in; the parameters sum to at most the budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_matrix
+
+from qll.convert.candidates import Candidate
+from qll.errors import UsageError
+
+GAP = 1e-3
+
+
+def choose(candidates: Sequence[Candidate], budget: int) -> list[Candidate]:
+    """The candidates that cover every matrix once with least loss within `budget` parameters.
+
+    Raises UsageError when even the smallest candidates do not fit.
+
+    >>> from qll.convert.units import Unit
+    >>> a, b = Unit(("a",), ((2, 2),)), Unit(("b",), ((2, 2),))
+    >>> menu = [Candidate(a, None, 4, 0.0), Candidate(a, None, 2, 3.0),
+    ...         Candidate(b, None, 4, 0.0), Candidate(b, None, 2, 1.0)]
+    >>> [item.params for item in choose(menu, budget=6)]
+    [4, 2]
+    """
+    matrices = sorted({member for item in candidates for member in item.unit.members})
+    row = {matrix: k for k, matrix in enumerate(matrices)}
+    pairs = [(row[member], k) for k, item in enumerate(candidates) for member in item.unit.members]
+    rows, columns = zip(*pairs, strict=True)
+    cover = csr_matrix(
+        (np.ones(len(pairs)), (rows, columns)), shape=(len(matrices), len(candidates))
+    )
+    # parameters in units of the budget and losses in units of the largest keep HiGHS well scaled
+    sizes = np.array([item.params for item in candidates]) / budget
+    losses = np.array([item.loss for item in candidates])
+    losses = losses / max(losses.max(), 1e-300)
+    result = milp(
+        losses,
+        constraints=[
+            LinearConstraint(cover, 1, 1),
+            LinearConstraint(csr_matrix(sizes), 0, 1),
+        ],
+        integrality=np.ones(len(candidates)),
+        bounds=Bounds(0, 1),
+        options={"mip_rel_gap": GAP},
+    )
+    if result.x is None:
+        raise UsageError(
+            "the budget is too small for this format",
+            where="--keep",
+            expected=f"at least {_least(candidates)} parameters",
+            found=budget,
+            hint="raise --keep or choose another --format",
+        )
+    chosen = [item for item, taken in zip(candidates, result.x, strict=True) if taken > 0.5]
+    return sorted(chosen, key=lambda item: (item.unit.block or 0, item.unit.name))
+
+
+def _least(candidates: Sequence[Candidate]) -> int:
+    """Parameters of the smallest candidate of every single matrix, summed."""
+    smallest: dict[str, int] = {}
+    for item in candidates:
+        share = item.params / len(item.unit.members)
+        for member in item.unit.members:
+            smallest[member] = int(min(smallest.get(member, share), share))
+    return sum(smallest.values())

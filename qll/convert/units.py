@@ -1,0 +1,140 @@
+"""The matrices of a Llama and the groups of them that can share a bond.
+
+q/k/v read the same input, gate/up as well; q/k/v/o share the head and model legs. A unit is one
+matrix or one such group: what an entry of a plan covers. Names are Hugging Face module paths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import LlamaConfig
+
+from qll.tn.network import NetworkSpec
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+GROUPS = {
+    "qkv": ("self_attn", ("q_proj", "k_proj", "v_proj")),
+    "qkvo": ("self_attn", ATTENTION),
+    "gate_up": ("mlp", ("gate_proj", "up_proj")),
+}
+EMBEDDING = "model.embed_tokens"
+HEAD = "lm_head"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Matrices converted together; `shapes` are (out, in) in the order of `members`."""
+
+    members: tuple[str, ...]
+    shapes: tuple[tuple[int, int], ...]
+
+    @property
+    def dense_params(self) -> int:
+        """Parameters of the members as dense matrices."""
+        return sum(out * into for out, into in self.shapes)
+
+    @property
+    def block(self) -> int | None:
+        """Block index, or None for the embedding and the head."""
+        parts = self.members[0].split(".")
+        return int(parts[2]) if parts[:2] == ["model", "layers"] else None
+
+    @property
+    def name(self) -> str:
+        """One file-name-safe word for the members."""
+        return "+".join([self.members[0], *(path.rsplit(".", 1)[1] for path in self.members[1:])])
+
+
+def linear_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
+    """(out, in) of each linear of a block, by its path inside the block, in model order.
+
+    >>> linear_shapes(LlamaConfig(hidden_size=8, intermediate_size=12, num_attention_heads=4,
+    ...     num_key_value_heads=2))["self_attn.k_proj"]
+    (4, 8)
+    """
+    d_model, d_ff, d_head = config.hidden_size, config.intermediate_size, config.head_dim
+    queries, keys = config.num_attention_heads * d_head, config.num_key_value_heads * d_head
+    return {
+        "self_attn.q_proj": (queries, d_model),
+        "self_attn.k_proj": (keys, d_model),
+        "self_attn.v_proj": (keys, d_model),
+        "self_attn.o_proj": (d_model, queries),
+        "mlp.gate_proj": (d_ff, d_model),
+        "mlp.up_proj": (d_ff, d_model),
+        "mlp.down_proj": (d_model, d_ff),
+    }
+
+
+def single_units(config: LlamaConfig, block: int) -> list[Unit]:
+    """One unit per linear of a block."""
+    return [
+        Unit((f"model.layers.{block}.{path}",), (shape,))
+        for path, shape in linear_shapes(config).items()
+    ]
+
+
+def group_unit(config: LlamaConfig, block: int, group: str) -> Unit:
+    """The unit of a named group ("qkv", "qkvo", "gate_up") in a block."""
+    parent, names = GROUPS[group]
+    shapes = linear_shapes(config)
+    return Unit(
+        tuple(f"model.layers.{block}.{parent}.{name}" for name in names),
+        tuple(shapes[f"{parent}.{name}"] for name in names),
+    )
+
+
+def embedding_unit(config: LlamaConfig) -> Unit:
+    """The token embedding [vocab, d_model]; a tied head is the same matrix."""
+    return Unit((EMBEDDING,), ((config.vocab_size, config.hidden_size),))
+
+
+def head_unit(config: LlamaConfig) -> Unit:
+    """The output head [vocab, d_model] of a model that is not tied."""
+    return Unit((HEAD,), ((config.vocab_size, config.hidden_size),))
+
+
+def group_path(members: Sequence[str]) -> str:
+    """Module path of the shared cores of a group: its parent and the name of the group.
+
+    >>> group_path(["model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"])
+    'model.layers.0.mlp.gate_up'
+    """
+    parent, _ = members[0].rsplit(".", 1)
+    names = tuple(path.rsplit(".", 1)[1] for path in members)
+    for group, (_, known) in GROUPS.items():
+        if known == names:
+            return f"{parent}.{group}"
+    raise ValueError(f"no group of {names}")
+
+
+def tensor_path(members: Sequence[str]) -> str:
+    """Where the cores of an entry are stored: the matrix itself, or its group's module."""
+    return members[0] if len(members) == 1 else group_path(members)
+
+
+def template(unit: Unit, format: str, gauge: str, sites: int, config: LlamaConfig) -> NetworkSpec:
+    """The spec of `format` for `unit`, ranks still empty."""
+    from qll.tn import default_modes
+
+    out, into = sum(shape[0] for shape in unit.shapes), unit.shapes[0][1]
+    spec = NetworkSpec(format, (out, into), gauge=gauge)
+    if format == "lowrank":
+        return spec
+    if format == "joint_tree":
+        return NetworkSpec(format, (out, into), gauge=gauge, members=unit.shapes)
+    if format == "joint_tucker":
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        modes = {
+            "heads": (heads, kv_heads, kv_heads, heads),
+            "d_head": (config.head_dim,),
+            "d_model": (config.hidden_size,),
+        }
+        return NetworkSpec(format, (out, into), modes=modes, gauge=gauge, members=unit.shapes)
+    if format == "tucker":
+        rows = default_modes((out, into), 2)["out"]
+        return NetworkSpec(format, (out, into), modes={"stack": (*rows, into)}, gauge=gauge)
+    pieces = 2 if format == "kron" else sites
+    return NetworkSpec(format, (out, into), modes=default_modes((out, into), pieces), gauge=gauge)

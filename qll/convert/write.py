@@ -1,0 +1,176 @@
+"""The conversion loop: matrix by matrix, each written when it is done, resumable after kill -9.
+
+Every unit leaves `work/cores/<unit>.safetensors` and one journal line; a resumed run skips what the
+journal lists. `assemble` then writes one shard per block, and the caller commits the folder with
+its manifest.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
+
+from qll import store
+from qll.calibrate import MomentStore
+from qll.config import ConvertOptions
+from qll.convert.fit import fit
+from qll.convert.plan import Plan, PlanEntry, metrics_of, read_weights
+from qll.convert.units import HEAD, tensor_path
+from qll.load import Source
+from qll.model import gain_of
+
+JOURNAL = "journal.jsonl"
+INDEX_DTYPE = torch.int32
+
+
+def convert_units(
+    source: Source,
+    moments: MomentStore | None,
+    plan: Plan,
+    options: ConvertOptions,
+    work: Path,
+    events: Path,
+) -> list[dict[str, Any]]:
+    """Fit and write every entry of `plan` into `work`; returns the per-matrix records in order.
+
+    A record has the keys of report.json's compression.per_matrix. Entries that the journal already
+    lists with the right bytes are not computed again.
+    """
+    store.make_folder(work)
+    done = {line["unit"]: line for line in store.read_lines(work / JOURNAL)}
+    records = []
+    bar = tqdm(plan.entries, "convert", unit="unit", file=sys.stderr, disable=None)
+    for entry in bar:
+        bar.set_postfix_str(entry.unit.name.removeprefix("model."))
+        path = work / f"{entry.unit.name}.safetensors"
+        line = done.get(entry.unit.name)
+        if line is None or not path.is_file() or store.sha256(path) != line["sha256"]:
+            started = time.monotonic()
+            tensors, matrices = convert_entry(source, moments, entry, options)
+            store.write_tensors(path, tensors)
+            line = {"unit": entry.unit.name, "sha256": store.sha256(path), "matrices": matrices}
+            store.append_line(work / JOURNAL, line)
+            seconds = round(time.monotonic() - started, 3)
+            for matrix in matrices:
+                store.append_line(events, {"event": "converted", **matrix, "seconds": seconds})
+        records += line["matrices"]
+    return records
+
+
+def convert_entry(
+    source: Source, moments: MomentStore | None, entry: PlanEntry, options: ConvertOptions
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """The tensors to save for one entry, and one record per member matrix."""
+    members = entry.unit.members
+    if entry.spec is None:
+        return _dense_tensors(source, members, options), [
+            _record(entry, k, 0.0, 0.0, 0.0) for k in range(len(members))
+        ]
+    weights = read_weights(source, members, options)
+    metrics = metrics_of(source, moments, members, options)
+    fitted = fit(weights, entry.spec, metrics, saved_dtype(source, options))
+    path = tensor_path(members)
+    tensors = {f"{path}.cores.{k}": core for k, core in enumerate(fitted.network.cores)}
+    tensors |= {
+        f"{path}.indices.{k}": index.to(INDEX_DTYPE)
+        for k, index in enumerate(fitted.network.indices)
+    }
+    records = [
+        _record(entry, k, fitted.rel_error[k], fitted.metric_error[k], fitted.discarded_weight)
+        for k in range(len(members))
+    ]
+    return tensors, records
+
+
+def assemble(source: Source, plan: Plan, options: ConvertOptions, work: Path, model: Path) -> None:
+    """Write the shards and their index into `model`: one per block, and one for the rest."""
+    config, layers = source.config, source.config.num_hidden_layers
+    total, weight_map, size = layers + 1, {}, 0
+    bar = tqdm(range(total), "write", unit="shard", file=sys.stderr, disable=None)
+    for k in bar:
+        block = k if k < layers else None
+        tensors: dict[str, Tensor] = {}
+        for entry in plan.of_block(block):
+            tensors |= load_file(work / f"{entry.unit.name}.safetensors")
+        tensors |= _norms(source, options, block)
+        if block is None and config.tie_word_embeddings:
+            tensors = {name: t for name, t in tensors.items() if not name.startswith(HEAD)}
+        name = f"model-{k + 1:05d}-of-{total:05d}.safetensors"
+        store.write_tensors(model / name, dict(sorted(tensors.items())))
+        weight_map |= dict.fromkeys(sorted(tensors), name)
+        size += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    store.write_json(model / "model.safetensors.index.json", index)
+
+
+def saved_dtype(source: Source, options: ConvertOptions) -> torch.dtype:
+    """The dtype of saved tensors: the one asked for, or that of the source's first linear."""
+    if options.dtype == "auto":
+        return source.specs()["model.layers.0.self_attn.q_proj.weight"].dtype
+    return getattr(torch, options.dtype)
+
+
+def _dense_tensors(
+    source: Source, members: tuple[str, ...], options: ConvertOptions
+) -> dict[str, Tensor]:
+    """The weights as they are; float64 is only paid for where a gain is folded in."""
+    kind = saved_dtype(source, options)
+    tensors = {}
+    for member in members:
+        if options.norms == "fold" and gain_of(member, source.config) is not None:
+            weight = read_weights(source, (member,), options)[0]
+        else:
+            weight = source.read(f"{member}.weight")
+        tensors[f"{member}.weight"] = weight.to(kind)
+    return tensors
+
+
+def _norms(source: Source, options: ConvertOptions, block: int | None) -> dict[str, Tensor]:
+    """The RMSNorm gains of a block (None: the final norm); ones where they were folded."""
+    kind = saved_dtype(source, options)
+    prefix = "model.norm" if block is None else f"model.layers.{block}."
+    readers = (
+        {
+            gain_of(f"model.layers.{block}.{path}", source.config)
+            for path in ("self_attn.q_proj", "mlp.gate_proj")
+        }
+        if block is not None
+        else {gain_of(HEAD, source.config)}
+    )
+    norms = {}
+    for name in source.specs():
+        if not (name.startswith(prefix) and name.endswith("norm.weight")):
+            continue
+        gain = source.read(name)
+        folded = options.norms == "fold" and name in readers
+        norms[name] = (torch.ones_like(gain) if folded else gain).to(kind)
+    return norms
+
+
+def _record(
+    entry: PlanEntry, k: int, rel_error: float, metric_error: float, discarded: float
+) -> dict[str, Any]:
+    """One row of compression.per_matrix; a group's parameters are shared out by dense size."""
+    out, into = entry.unit.shapes[k]
+    share = out * into / entry.unit.dense_params
+    spec = entry.spec
+    return {
+        "name": entry.unit.members[k],
+        "group": None if len(entry.unit.members) == 1 else tensor_path(entry.unit.members),
+        "format": "dense" if spec is None else spec.format,
+        "modes": {} if spec is None else {name: list(dims) for name, dims in spec.modes.items()},
+        "ranks": [] if spec is None else list(spec.ranks),
+        "params": round(entry.params * share),
+        "params_dense": out * into,
+        "rel_error": rel_error,
+        "metric_error": metric_error,
+        "discarded_weight": discarded,
+        "predicted_loss": entry.loss * share,
+    }

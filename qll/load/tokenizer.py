@@ -1,0 +1,207 @@
+"""Any Llama tokenizer file -> one transformers tokenizer.
+
+A checkpoint carries its tokenizer in one of three ways: `tokenizer.json` (Hugging Face),
+`tokenizer.model` (Meta: a tiktoken rank file for Llama 3, SentencePiece before), or in the
+metadata of a GGUF file. Each becomes the same class with the same ids as the original, so the
+rest of the project never asks where a tokenizer came from. Nothing here uses the network, runs
+code of the folder, or renders its chat template.
+
+>>> from qll.load.source import open_source
+>>> tokenizer = open_tokenizer(open_source(None))
+>>> tokenizer.tokenize("In 2024")
+['In', 'Ġ', '2', '0', '2', '4']
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from qll.errors import MissingFileError, TokenizerError
+from qll.load.files import MAX_JSON_BYTES, read_object, reject_pointer
+from qll.load.gguf import read_metadata
+from qll.load.source import Source
+from qll.load.tokenizer_gguf import from_gguf_metadata
+from qll.load.tokenizer_meta import from_ranks
+from qll.load.tokenizer_sentencepiece import from_sentencepiece, is_sentencepiece
+
+SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+# A Hugging Face folder may hold Meta's files in original/; a Source may point at either of them
+PLACES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "original/tokenizer.model",
+    "../tokenizer.json",
+)
+
+
+def open_tokenizer(source: Source | str | Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a checkpoint, given as a Source, a folder, or the tokenizer file itself.
+
+    Its vocabulary may be smaller than the model's (tables are padded) but not larger: the number
+    of tokens is compared with the config of the Source, or with config.json or params.json of the
+    folder. Raises MissingFileError when there is no tokenizer, TokenizerError when it is broken
+    or belongs to another model.
+
+    >>> open_tokenizer("no/such/folder")
+    Traceback (most recent call last):
+    qll.errors.MissingFileError: no/such/folder: there is no such file or folder; check the path
+    """
+    path = Path(source) if isinstance(source, str | Path) else source.path
+    file = _find(path)
+    if file.suffix == ".gguf":
+        tokenizer = from_gguf_metadata(read_metadata(file), file)
+    elif file.suffix == ".json":
+        tokenizer = _from_hf(file)
+    else:
+        tokenizer = _from_meta(file)
+    if isinstance(source, str | Path):
+        _require_fit(tokenizer, _declared_size(file.parent), file)
+    else:
+        _require_fit(tokenizer, source.config.vocab_size, file)
+        _name_bos_and_eos(tokenizer, source)
+    # set afterwards: given to the constructor, it would make transformers ask the Hub about it
+    tokenizer.name_or_path = str(path)
+    return tokenizer
+
+
+def _find(path: Path) -> Path:
+    """The tokenizer file that belongs to `path`."""
+    if path.is_file():
+        if path.suffix in (".gguf", ".model") or path.name == "tokenizer.json":
+            return path
+        path = path.parent
+    elif not path.is_dir():
+        raise MissingFileError("there is no such file or folder", where=path, hint="check the path")
+    for place in PLACES:
+        # the folder above is looked at only from original/, where Hugging Face puts Meta's files
+        if place.startswith("..") and path.name != "original":
+            continue
+        if (path / place).is_file():
+            reject_pointer(path / place)
+            return path / place
+    raise MissingFileError(
+        "no tokenizer beside the weights",
+        where=path,
+        expected="tokenizer.json or tokenizer.model",
+        hint="copy it there from the place where the weights come from",
+    )
+
+
+def _from_meta(file: Path) -> PreTrainedTokenizerFast:
+    """Meta's tokenizer.model of either format."""
+    size = file.stat().st_size
+    if not 0 < size <= MAX_JSON_BYTES:
+        raise TokenizerError(
+            "the tokenizer file has an impossible size",
+            where=file,
+            expected=f"1 to {MAX_JSON_BYTES} bytes",
+            found=size,
+        )
+    content = file.read_bytes()
+    try:
+        return from_sentencepiece(content) if is_sentencepiece(content) else from_ranks(content)
+    except TokenizerError as error:
+        raise TokenizerError(
+            error.what,
+            where=file if error.where is None else f"{file}, {error.where}",
+            expected=error.expected,
+            found=error.found,
+            hint="download it again, or put the tokenizer.json of the same model beside it",
+        ) from None
+
+
+def _from_hf(file: Path) -> PreTrainedTokenizerFast:
+    """tokenizer.json as it stands, with what the two files beside it say about special tokens.
+
+    AutoTokenizer is not used: for a class named in tokenizer_config.json it builds a pre-tokenizer
+    of its own instead of the one in the file.
+    """
+    content = read_object(file, TokenizerError)
+    try:
+        backend = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises plain Exception
+        raise TokenizerError(
+            "not a tokenizer.json that the tokenizers library can read",
+            where=file,
+            found=str(error)[:200],
+            hint="download it again",
+        ) from None
+    if not isinstance(content.get("model"), dict):
+        raise TokenizerError("tokenizer.json has no model", where=file)
+    facts = _beside(file, "special_tokens_map.json") | _beside(file, "tokenizer_config.json")
+    special = {name: _token_text(facts.get(name)) for name in SPECIAL_NAMES}
+    more = facts.get("extra_special_tokens") or facts.get("additional_special_tokens") or []
+    names = list(more.values()) if isinstance(more, dict) else list(more)
+    flags = {
+        name: facts[name]
+        for name in ("add_bos_token", "add_eos_token")
+        if isinstance(facts.get(name), bool)
+    }
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        clean_up_tokenization_spaces=False,
+        chat_template=_chat_template(file, facts),
+        extra_special_tokens=[text for text in map(_token_text, names) if text is not None],
+        **flags,
+        **{name: text for name, text in special.items() if text is not None},
+    )
+
+
+def _beside(file: Path, name: str) -> dict[str, Any]:
+    neighbour = file.parent / name
+    return read_object(neighbour, TokenizerError) if neighbour.is_file() else {}
+
+
+def _token_text(value: object) -> str | None:
+    """A special token is written as a string or as {"content": string, ...}."""
+    text = value.get("content") if isinstance(value, Mapping) else value
+    return text if isinstance(text, str) else None
+
+
+def _chat_template(file: Path, facts: Mapping[str, Any]) -> str | None:
+    """The template as text; transformers renders it, when asked to, in a Jinja sandbox."""
+    template = file.parent / "chat_template.jinja"
+    if template.is_file() and template.stat().st_size <= MAX_JSON_BYTES:
+        return template.read_text(encoding="utf-8", errors="replace")
+    stated = facts.get("chat_template")
+    return stated if isinstance(stated, str) else None
+
+
+def _declared_size(folder: Path) -> int | None:
+    """Vocabulary size that the model files in `folder` declare, if any does."""
+    for name in ("config.json", "params.json"):
+        if (folder / name).is_file():
+            size = read_object(folder / name).get("vocab_size")
+            return size if isinstance(size, int) and size > 0 else None
+    return None
+
+
+def _require_fit(tokenizer: PreTrainedTokenizerFast, vocab_size: int | None, file: Path) -> None:
+    """Raise unless every id of the tokenizer has a row in the embedding table."""
+    needed = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if needed == 0:
+        raise TokenizerError("the tokenizer has no tokens", where=file)
+    if vocab_size is not None and needed > vocab_size:
+        raise TokenizerError(
+            "the tokenizer has more tokens than the model has embeddings",
+            where=file,
+            expected=f"at most {vocab_size}",
+            found=needed,
+            hint="tokenizer and weights belong to different models",
+        )
+
+
+def _name_bos_and_eos(tokenizer: PreTrainedTokenizerFast, source: Source) -> None:
+    """Fill in BOS and EOS from the model's config where the tokenizer files name none."""
+    for name in ("bos_token", "eos_token"):
+        index = getattr(source.config, f"{name}_id")
+        index = index[0] if isinstance(index, list) and index else index
+        if getattr(tokenizer, name) is None and isinstance(index, int):
+            token = tokenizer.convert_ids_to_tokens(index)
+            if token is not None:
+                setattr(tokenizer, name, token)

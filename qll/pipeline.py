@@ -1,0 +1,486 @@
+"""The main job, stage by stage: load, calibrate, plan, convert, evaluate, look inside, report.
+
+Read this file first. Each stage is one short function; what a stage leaves on disk is found again
+by a later run with the same settings, so a killed run resumes where it was.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qll import store
+from qll.calibrate import MomentStore, collect
+from qll.config import EvalConfig, GenerateConfig, MainConfig, to_json
+from qll.convert import Plan, assemble, convert_units, load_plan, make_plan, saved_dtype
+from qll.errors import ForeignRunError, UsageError
+from qll.load import Source, Text, builtin_texts, encode, open_source, open_tokenizer, read_text
+
+logger = logging.getLogger("qll.pipeline")
+
+PACKAGES = ("torch", "transformers", "safetensors", "gguf", "numpy", "scipy", "opt_einsum")
+
+
+@dataclass
+class Run:
+    """One output folder: its settings, its inputs once opened, and what was warned about."""
+
+    config: MainConfig
+    source: Source
+    tokenizer: Any
+    device: torch.device
+    seconds: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def out(self) -> Path:
+        """The output folder."""
+        return self.config.out
+
+    @property
+    def work(self) -> Path:
+        """Intermediate files, deleted when the run is complete."""
+        return self.config.out / "work"
+
+    @property
+    def model(self) -> Path:
+        """The converted checkpoint."""
+        return self.config.out / "model"
+
+    @property
+    def events(self) -> Path:
+        """One JSON line per thing that happened."""
+        return self.config.out / "events.jsonl"
+
+
+STAGES = ("calibrate", "plan", "convert", "evaluate", "report")
+
+
+def run(config: MainConfig, until: str = "report") -> Path:
+    """Do the stages up to `until` and return the output folder; a finished run returns at once.
+
+    Raises QLLError children for everything a user can mend; see `qll.errors`.
+    """
+    if is_done(config, until):
+        print(f"{config.out} is complete; nothing to do", file=sys.stderr)
+        return config.out
+    state = start(config)
+    with store.lock(config.out), recording(state):
+        claim(state)
+        store.require_space(config.out, needed_bytes(state))
+        moments = timed(state, "calibrate", calibrate)
+        if until == "calibrate":
+            return config.out
+        plan = timed(state, "plan", make_or_load_plan, moments)
+        if until == "plan":
+            return config.out
+        records = timed(state, "convert", convert, moments, plan)
+        if until == "convert":
+            return config.out
+        results = timed(state, "evaluate", evaluate)
+        entropy = timed(state, "lens", look_inside)
+        timed(state, "report", report, plan, records, results, entropy)
+        store.remove(state.work)
+    return config.out
+
+
+def start(config: MainConfig) -> Run:
+    """Open the inputs and choose the device; nothing is written yet."""
+    torch.manual_seed(config.seed)
+    device = choose_device(config.device)
+    if config.llama_dir is not None and _inside(config.out, config.llama_dir):
+        raise UsageError(
+            "the output would go into the checkpoint",
+            where="--out",
+            found=config.out,
+            hint="choose a folder outside --llama_dir",
+        )
+    source = open_source(config.llama_dir)
+    require_sae_blocks(config, source)
+    return Run(config, source, open_tokenizer(source), device)
+
+
+def require_sae_blocks(config: MainConfig, source: Source) -> None:
+    """Refuse --sae_layers the model does not have, and autoencoders as a whole for now."""
+    layers = source.config.num_hidden_layers
+    if beyond := [block for block in config.blocks_with_sae() if block >= layers]:
+        raise UsageError(
+            "the model has no such blocks",
+            where="--sae_layers",
+            expected=f"0 to {layers - 1}",
+            found=", ".join(map(str, beyond)),
+        )
+    if config.sae_dir is not None:
+        raise UsageError(
+            "this version cannot attach sparse autoencoders yet",
+            where="--sae_dir",
+            found=config.sae_dir,
+            hint="run without --sae_dir to convert and measure",
+        )
+
+
+def dry_run(config: MainConfig) -> str:
+    """What `run` would do, in a few lines: model, texts, sizes."""
+    state = start(config)
+    shapes = state.source.specs().values()
+    params = sum(spec.nbytes // spec.dtype.itemsize for spec in shapes)
+    options, texts = config.convert, config.texts
+    lines = [
+        f"model        {state.source.name} ({state.source.format}), {params:,} parameters",
+        f"calibration  {calibration_text(config).name}, {texts.calib_tokens:,} tokens",
+        f"convert      --format {options.format} --keep {options.keep} --metric {options.metric}",
+        "evaluation   " + ", ".join(text.name for text in evaluation_texts(config)),
+        f"device       {state.device}",
+        f"disk         at most {needed_bytes(state) / 1e9:.2f} GB in {config.out}",
+    ]
+    return "\n".join(lines)
+
+
+def evaluate_folder(config: EvalConfig) -> dict[str, Any]:
+    """Quality of a converted folder against its dense checkpoint, on one text."""
+    from qll.evaluate import quality_of_pair
+    from qll.model import load, load_dense
+
+    device, source = choose_device(config.device), open_source(config.llama_dir)
+    topics = builtin_texts()["python_topics_evaluation"]
+    text = topics if config.eval_text is None else read_text(config.eval_text)
+    tokenizer = open_tokenizer(source)
+    windows, scored = encode(text, tokenizer, config.eval_tokens, config.context)
+    dense = load_dense(source, torch.float32, device)
+    converted = load(config.model, device=device, dtype=torch.float32)
+    quality = quality_of_pair(dense, converted, windows, scored)
+    return {"text": text.name, "sha256": text.sha256, **quality}
+
+
+def generate_text(config: GenerateConfig) -> Iterator[str]:
+    """Pieces of a continuation by a converted folder or by a dense checkpoint."""
+    from qll.model import generate, load, load_dense
+
+    device = choose_device(config.device)
+    if config.model is not None and (config.model / store.MANIFEST_NAME).is_file():
+        model, tokenizer = load(config.model, device=device), open_tokenizer(config.model)
+    else:
+        source = open_source(config.model)
+        model, tokenizer = load_dense(source, torch.float32, device), open_tokenizer(source)
+    yield from generate(
+        model,
+        tokenizer,
+        config.prompt,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        seed=config.seed,
+        chat=config.chat,
+    )
+
+
+def choose_device(name: str) -> torch.device:
+    """The torch device of --device; raises UsageError when this machine lacks it."""
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return torch.device(next((kind for kind, there in found.items() if there), "cpu"))
+    if name in found and not found[name]:
+        raise UsageError(
+            "this machine has no such device",
+            where="--device",
+            expected=", ".join([*(k for k, there in found.items() if there), "cpu"]),
+            found=name,
+            hint="use --device auto",
+        )
+    return torch.device(name)
+
+
+def claim(state: Run) -> None:
+    """Write run.json, or check that the one there is of the same settings and source."""
+    path = state.out / "run.json"
+    resolved = {**to_json(state.config), "fingerprint": state.source.fingerprint}
+    for key in ("out", "dry_run"):
+        resolved.pop(key)
+    if path.exists():
+        before = store.read_json(path)["settings"]
+        if differing := [
+            key for key in _flat(resolved) if _flat(before).get(key) != _flat(resolved)[key]
+        ]:
+            raise ForeignRunError(
+                "the folder belongs to another run",
+                where=state.out,
+                expected=", ".join(f"{key}={_flat(before).get(key)}" for key in differing),
+                found=", ".join(f"{key}={_flat(resolved)[key]}" for key in differing),
+                hint="choose another --out, or delete the folder to start over",
+            )
+        store.clean(state.out)
+        return
+    if any(state.out.glob("*.json")) or state.model.exists():
+        raise ForeignRunError(
+            "the folder holds files of something else",
+            where=state.out,
+            hint="choose an --out that does not exist yet",
+        )
+    store.write_json(path, {"settings": resolved, **environment()})
+
+
+def is_done(config: MainConfig, until: str) -> bool:
+    """Whether an earlier run with these very settings has finished."""
+    path, report = config.out / "run.json", config.out / "report.json"
+    if until != "report" or not (path.exists() and report.exists()):
+        return False
+    before = dict(store.read_json(path)["settings"])
+    before.pop("fingerprint")
+    wanted = to_json(config)
+    for key in ("out", "dry_run"):
+        wanted.pop(key)
+    return before == wanted
+
+
+def calibrate(state: Run) -> MomentStore | None:
+    """Second moments of every linear on the calibration text, or None for the plain metric."""
+    config = state.config
+    if config.convert.metric == "plain" or config.convert.keep == 1.0:
+        return None
+    text = calibration_text(config)
+    windows, _ = encode(text, state.tokenizer, config.texts.calib_tokens, config.texts.context)
+    gradients = config.convert.metric == "kfac"
+    return collect(
+        state.source, windows, state.work / "moments", gradients=gradients, device=state.device
+    )
+
+
+def make_or_load_plan(state: Run, moments: MomentStore | None) -> Plan:
+    """The plan in plan.json (perhaps edited by hand), or a new one saved there."""
+    path = state.out / "plan.json"
+    if not path.exists():
+        make_plan(state.source, moments, state.config.convert).save(path)
+    return load_plan(path)
+
+
+def convert(state: Run, moments: MomentStore | None, plan: Plan) -> list[dict[str, Any]]:
+    """The converted checkpoint in model/, manifest last; returns the per-matrix records."""
+    from qll.model import commit_folder, write_static_files
+
+    options, cores = state.config.convert, state.work / "cores"
+    records_path = state.work / "records.json"
+    if (state.model / store.MANIFEST_NAME).is_file() and records_path.is_file():
+        return store.read_json(records_path)
+    records = convert_units(state.source, moments, plan, options, cores, state.events)
+    assemble(state.source, plan, options, cores, state.model)
+    write_static_files(
+        state.model,
+        state.source,
+        state.tokenizer,
+        {entry.unit.members: entry.spec for entry in plan.entries if entry.spec is not None},
+        folded_norms=options.norms == "fold",
+        dtype=saved_dtype(state.source, options),
+    )
+    store.write_json(records_path, records)
+    commit_folder(state.model, {"source": state.source.fingerprint, "matrices": records})
+    store.remove(cores)
+    return records
+
+
+def evaluate(state: Run) -> dict[str, Any]:
+    """Quality on two texts and cost of both models; the converted one is read back from disk."""
+    from qll.evaluate import cost_of_pair, quality_of_pair
+    from qll.model import load, load_dense
+
+    path = state.work / "results.json"
+    if path.exists():
+        return store.read_json(path)
+    dense = load_dense(state.source, torch.float32, state.device)
+    converted = load(state.model, device=state.device, dtype=torch.float32)
+    texts = {}
+    for text in evaluation_texts(state.config):
+        windows, scored = encode(
+            text, state.tokenizer, state.config.texts.eval_tokens, state.config.texts.context
+        )
+        texts[text.name] = {
+            "sha256": text.sha256,
+            **quality_of_pair(dense, converted, windows, scored),
+        }
+    results = {"texts": texts, "cost": cost_of_pair(dense, converted)}
+    store.write_json(path, results)
+    return results
+
+
+def look_inside(state: Run) -> list[dict[str, Any]]:
+    """Entanglement entropies of every dense matrix and of the one it became."""
+    from qll.lens import model_entropies
+    from qll.model import load
+
+    path = state.work / "entropy.json"
+    if path.exists():
+        return store.read_json(path)
+    converted = load(state.model, device="cpu", dtype=torch.float32, verify=False)
+    entries = model_entropies(state.source, converted)
+    store.write_json(path, entries)
+    return entries
+
+
+def report(
+    state: Run,
+    plan: Plan,
+    records: list[dict[str, Any]],
+    results: dict[str, Any],
+    entropy: list[dict[str, Any]],
+) -> None:
+    """report.html, then report.json, whose presence says that the run is complete."""
+    from qll.report import build_report, render
+
+    value = build_report(
+        source=state.source,
+        plan=plan,
+        records=records,
+        entropy=entropy,
+        texts=results["texts"],
+        cost={**results["cost"], "seconds": total_seconds(state)},
+        model_folder=state.model,
+        dtype=str(saved_dtype(state.source, state.config.convert)).removeprefix("torch."),
+        calibration=_calibration_facts(state),
+        run=store.read_json(state.out / "run.json"),
+        warnings=state.warnings,
+    )
+    store.write_text(state.out / "report.html", render(value))
+    store.write_json(state.out / "report.json", value)
+
+
+def calibration_text(config: MainConfig) -> Text:
+    """The text of --calib_text, or the calibration half of Python's topics."""
+    if config.texts.calib_text is not None:
+        return read_text(config.texts.calib_text)
+    return builtin_texts()["python_topics_calibration"]
+
+
+def evaluation_texts(config: MainConfig) -> list[Text]:
+    """The text asked for (or the half of the topics that calibration did not see), and one out of
+    the calibration domain. Raises UsageError when calibration and evaluation coincide.
+    """
+    builtin, texts = builtin_texts(), config.texts
+    topics, code = builtin["python_topics_evaluation"], builtin["python_source"]
+    chosen = [topics if texts.eval_text is None else read_text(texts.eval_text)]
+    chosen.append(code if texts.calib_text is None else topics)
+    if chosen[0].sha256 == calibration_text(config).sha256:
+        raise UsageError(
+            "the evaluation text is the calibration text",
+            where="--eval_text",
+            found=texts.eval_text,
+            hint="give a text that calibration does not see",
+        )
+    return list({text.sha256: text for text in chosen}.values())
+
+
+def needed_bytes(state: Run) -> int:
+    """Disk the run needs at most: moments, cores, and the checkpoint itself."""
+    specs = state.source.specs()
+    kind = saved_dtype(state.source, state.config.convert)
+    weights = sum(spec.nbytes // spec.dtype.itemsize for spec in specs.values()) * kind.itemsize
+    config = state.source.config
+    d_model, d_ff, d_kv = (
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_key_value_heads * config.head_dim,
+    )
+    inputs = 3 * d_model**2 + d_ff**2
+    grads = 3 * d_model**2 + 2 * d_kv**2 + 2 * d_ff**2
+    share = {"plain": 0, "activation": inputs, "kfac": inputs + grads}[state.config.convert.metric]
+    return 2 * weights + 4 * share * config.num_hidden_layers + (1 << 24)
+
+
+def timed(state: Run, stage: str, function, *arguments):
+    """Call a stage and add its seconds, over all attempts, to the events and to the report."""
+    print(f"[{stage}]", file=sys.stderr)
+    started = time.monotonic()
+    result = function(state, *arguments)
+    seconds = time.monotonic() - started
+    state.seconds[stage] = seconds
+    store.append_line(state.events, {"event": "stage", "stage": stage, "seconds": seconds})
+    return result
+
+
+def total_seconds(state: Run) -> dict[str, float]:
+    """Seconds per stage summed over this run and the runs it resumed."""
+    total: dict[str, float] = {}
+    for line in store.read_lines(state.events):
+        if line.get("event") == "stage":
+            total[line["stage"]] = total.get(line["stage"], 0.0) + line["seconds"]
+    return {stage: round(seconds, 2) for stage, seconds in total.items()}
+
+
+@contextmanager
+def recording(state: Run) -> Iterator[None]:
+    """Collect every warning of the rooms into the events and the report."""
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            message = record.getMessage()
+            if message not in state.warnings:
+                state.warnings.append(message)
+                store.append_line(state.events, {"event": "warning", "message": message})
+
+    earlier = [
+        line["message"] for line in store.read_lines(state.events) if line.get("event") == "warning"
+    ]
+    state.warnings.extend(dict.fromkeys(earlier))
+    handler, root = Collector(level=logging.WARNING), logging.getLogger("qll")
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+
+
+def environment() -> dict[str, Any]:
+    """What a number depends on besides the settings: versions, threads, commit, command."""
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "git": _git_commit(),
+    }
+
+
+def _calibration_facts(state: Run) -> dict[str, Any]:
+    text, texts = calibration_text(state.config), state.config.texts
+    return {"name": text.name, "sha256": text.sha256, "tokens": texts.calib_tokens}
+
+
+def _flat(value: dict[str, Any]) -> dict[str, Any]:
+    """Nested settings under dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, dict):
+            flat |= {f"{key}.{inner}": value for inner, value in _flat(item).items()}
+        else:
+            flat[key] = item
+    return flat
+
+
+def _inside(path: Path, folder: Path) -> bool:
+    return path.resolve().is_relative_to(folder.resolve())
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return result.stdout.strip() or None
