@@ -54,3 +54,19 @@ def tiny_hf_folder(tmp_path_factory, tiny_llama) -> Path:
     folder = tmp_path_factory.mktemp("tiny_hf")
     tiny_llama.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_meta_folder(tmp_path_factory, tiny_llama) -> Path:
+    """The tiny Llama as Meta ships a model: consolidated.00.pth and params.json."""
+    from tests.checkpoints import write_meta_folder
+
+    return write_meta_folder(tiny_llama, tmp_path_factory.mktemp("tiny_meta"))
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf_file(tmp_path_factory, tiny_llama) -> Path:
+    """The tiny Llama as a GGUF file in float32."""
+    from tests.checkpoints import write_gguf
+
+    return write_gguf(tiny_llama, tmp_path_factory.mktemp("tiny_gguf") / "tiny.gguf")

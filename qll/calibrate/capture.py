@@ -21,9 +21,16 @@ from tqdm import tqdm
 from qll import store
 from qll.calibrate.journal import Journal
 from qll.calibrate.moments import HEAD_NAME, SUMMARY_NAME, MomentStore, block_name
-from qll.calibrate.passes import Run, backward_block, embedding, forward_block, start, top
+from qll.calibrate.passes import (
+    Run,
+    backward_block,
+    embed_windows,
+    forward_block,
+    leave_embedding,
+    leave_head,
+)
 from qll.calibrate.probe import CLIP, TRIM, trimmed
-from qll.calibrate.streams import Streams
+from qll.calibrate.streams import STREAMS_NAME, Streams
 from qll.errors import TextError
 from qll.load import Source
 
@@ -61,20 +68,42 @@ def collect(
             found=list(windows.shape),
         )
     journal = Journal(folder, _job(source, windows, gradients))
-    if (folder / SUMMARY_NAME).is_file():
+    if (folder / SUMMARY_NAME).is_file() and journal.intact:
+        store.remove(folder / STREAMS_NAME)
         return MomentStore(folder)
-    with _start(source, windows, journal, gradients, torch.device(device)) as run:
-        _embed(run)
-        for index in range(run.n_layers):
-            _forward_block(run, index)
-        _head(run)
-        if gradients:
-            for index in reversed(range(run.n_layers)):
-                _backward_block(run, index)
-            _embedding(run)
+    streams = _streams(source, windows, journal, gradients)
+    with tqdm(
+        total=windows.numel() * (2 if gradients else 1),
+        unit="tok",
+        unit_scale=True,
+        file=sys.stderr,
+        disable=None,
+    ) as progress:
+        _passes(Run(source, windows, journal, gradients, torch.device(device), streams, progress))
     store.write_json(folder / SUMMARY_NAME, _summary(journal))
-    run.streams.close()
+    streams.close()
     return MomentStore(folder)
+
+
+def _passes(run: Run) -> None:
+    embed_windows(run)
+    for index in range(run.n_layers):
+        forward_block(run, index)
+    leave_head(run)
+    if run.gradients:
+        for index in reversed(range(run.n_layers)):
+            backward_block(run, index)
+        leave_embedding(run)
+
+
+def _streams(source: Source, windows: Tensor, journal: Journal, gradients: bool) -> Streams:
+    """Forward only: a block's input and output. With gradients: the input of every block and of
+    the head, and the gradient at a block's output and input."""
+    layers, width = source.config.num_hidden_layers, source.config.hidden_size
+    streams = Streams(journal.folder, (*windows.shape, width), layers + 3 if gradients else 2)
+    if not journal.intact:
+        streams.clear()
+    return streams
 
 
 def _job(source: Source, windows: Tensor, gradients: bool) -> dict[str, Any]:

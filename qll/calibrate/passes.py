@@ -1,4 +1,8 @@
-"""The two passes of a calibration, one block of the model in memory at a time."""
+"""The two passes of a calibration, one block of the model in memory at a time.
+
+Streams are named by where they lie: `hidden.i` is the input of block i (hidden.n_layers that of the
+final norm), `gradient.i` the gradient of the summed loss with respect to `hidden.i`.
+"""
 
 from __future__ import annotations
 
@@ -37,113 +41,129 @@ class Run:
 
     @property
     def n_layers(self) -> int:
+        """Blocks of the model."""
         return self.source.config.num_hidden_layers
 
-    def resumes_after(self, name: str) -> bool:
-        """Whether a later stream than hidden `name` is there, so that it need not be computed."""
-        number = int(name.removeprefix("hidden."))
-        later = [f"hidden.{i}" for i in range(number, self.n_layers + 1)]
-        return any(self.streams.find(stream) is not None for stream in later)
+    def measured(self, index: int) -> bool:
+        """Whether the moments of block `index` are on disk."""
+        return self.journal.facts(block_name(index)) is not None
+
+    def reached(self, kind: str, indices: range) -> bool:
+        """Whether one of the streams `kind`.`index` is there."""
+        return any(self.streams.find(f"{kind}.{index}") is not None for index in indices)
+
+    def forward_done(self, index: int) -> bool:
+        """Whether `hidden.index`, or something computed from it, is there."""
+        later = range(index, self.n_layers + 1)
+        return self.reached("hidden", later) or self.backward_done(self.n_layers)
+
+    def backward_done(self, index: int) -> bool:
+        """Whether `gradient.index`, or something computed from it, is there."""
+        return self.reached("gradient", range(index + 1))
+
+    def save(self, index: int, probe: BlockProbe, influence: float) -> None:
+        """Write the moments of block `index`; `influence` is summed over all tokens."""
+        facts = {"influence": influence / self.windows.numel()}
+        self.journal.write(block_name(index), probe.tensors(), facts)
 
 
-def start(run: Run) -> None:
-    if run.resumes_after("hidden.0"):
+def embed_windows(run: Run) -> None:
+    """hidden.0, the embedded windows."""
+    if run.forward_done(0):
         return
     hidden = run.streams.create("hidden.0")
     step = max(1, CHUNK_BYTES // (4 * hidden[0].numel()))
     for start in range(0, len(hidden), step):
         hidden[start : start + step] = embed(run.source, run.windows[start : start + step])
-    _require_finite(hidden, "model.embed_tokens", "activation")
+    _require_finite(hidden, "model.embed_tokens", "output")
     run.streams.commit("hidden.0")
 
 
 def forward_block(run: Run, index: int) -> None:
-    """Hidden states behind block `index`; without gradients, its moments too."""
-    measured = run.gradients or run.journal.facts(block_name(index)) is not None
-    if measured and run.resumes_after(f"hidden.{index + 1}"):
+    """The output of block `index`; without gradients, its moments too."""
+    measure = not run.gradients and not run.measured(index)
+    if run.forward_done(index + 1) and not measure:
         return
     run.progress.set_description(f"calibrate: block {index} forward")
     block = build_block(run.source, index, device=run.device)
     before, after = run.streams.find(f"hidden.{index}"), run.streams.create(f"hidden.{index + 1}")
-    probe = None if measured else BlockProbe(block, gradients=False)
+    probe = BlockProbe(block, gradients=False) if measure else None
     influence = 0.0
     with torch.no_grad(), _attached(probe):
         for number in range(len(before)):
-            hidden = before[number : number + 1].to(run.device)
-            output = run_block(block, hidden)
-            _require_finite(output, f"model.layers.{index}", "activation")
-            influence += _influence(hidden, output)
+            state = before[number : number + 1].to(run.device)
+            output = run_block(block, state)
+            _require_finite(output, f"model.layers.{index}", "output")
+            influence += _influence(state, output)
             after[number] = output[0].cpu()
-            run.progress.update(hidden.shape[1] / run.n_layers)
+            run.progress.update(state.shape[1] / run.n_layers)
     if probe is not None:
-        facts = {"influence": influence / run.windows.numel()}
-        run.journal.write(block_name(index), probe.tensors(), facts)
+        run.save(index, probe, influence)
     run.streams.commit(f"hidden.{index + 1}")
     if not run.gradients:
         run.streams.drop(f"hidden.{index}")
 
 
-def top(run: Run) -> None:
-    """Moment of what lm_head reads; with gradients, the loss and its gradient at the last block."""
-    last, known = f"gradient.{run.n_layers}", run.journal.facts(HEAD_NAME)
-    if known is not None and (not run.gradients or _has_gradient(run, run.n_layers)):
+def leave_head(run: Run) -> None:
+    """Moment of what lm_head reads; with gradients, also the loss and gradient.n_layers."""
+    known = run.journal.facts(HEAD_NAME) is not None
+    if known and (not run.gradients or run.backward_done(run.n_layers)):
         return
     run.progress.set_description("calibrate: head")
     norm, weight = head(run.source, device=run.device)
     hidden = run.streams.find(f"hidden.{run.n_layers}")
+    gradient = run.streams.create(f"gradient.{run.n_layers}") if run.gradients else None
     gram, nll = GramSum(hidden.shape[2]), 0.0
-    gradient = run.streams.create(last) if run.gradients else None
     for number in range(len(hidden)):
         state = hidden[number : number + 1].to(run.device).requires_grad_()
         normed = norm(state)
         gram.add(normed[0])
         if gradient is not None:
-            targets = run.windows[number, 1:].to(run.device)
-            loss, slope = _loss_gradient(normed[0].detach(), weight, targets)
+            targets = run.windows[number, 1:].to(run.device).long()
+            loss, slope = loss_gradient(normed[0].detach(), weight, targets)
             gradient[number] = torch.autograd.grad(normed, state, slope[None])[0][0].cpu()
             nll += loss
-    if known is None:
+    if not known:
         counts = torch.bincount(run.windows.flatten().cpu(), minlength=weight.shape[0])
-        tensors = {"lm_head.input": gram.packed(), "token_counts": counts}
         scored = run.windows.shape[0] * (run.windows.shape[1] - 1)
-        run.journal.write(HEAD_NAME, tensors, {"nll": nll / scored if run.gradients else None})
+        facts = {"nll": nll / scored if run.gradients else None}
+        run.journal.write(
+            HEAD_NAME, {"lm_head.input": gram.packed(), "token_counts": counts}, facts
+        )
     if gradient is not None:
         _require_finite(gradient, "lm_head", "gradient")
-        run.streams.commit(last)
+        run.streams.commit(f"gradient.{run.n_layers}")
 
 
 def backward_block(run: Run, index: int) -> None:
-    """Gradient at the input of block `index` and, unless the journal has them, its moments."""
-    measured = run.journal.facts(block_name(index)) is not None
-    if measured and _has_gradient(run, index):
+    """The gradient at the input of block `index` and, unless they are on disk, its moments."""
+    if run.backward_done(index):
         return
     run.progress.set_description(f"calibrate: block {index} backward")
     block = build_block(run.source, index, device=run.device)
     hidden = run.streams.find(f"hidden.{index}")
     above = run.streams.find(f"gradient.{index + 1}")
     below = run.streams.create(f"gradient.{index}")
-    probe = None if measured else BlockProbe(block, gradients=True)
+    probe = None if run.measured(index) else BlockProbe(block, gradients=True)
     influence = 0.0
     with _attached(probe):
         for number in range(len(hidden)):
             state = hidden[number : number + 1].to(run.device).requires_grad_()
             output = run_block(block, state)
             slope = above[number : number + 1].to(run.device)
-            (gradient,) = torch.autograd.grad(output, state, slope)
+            below[number] = torch.autograd.grad(output, state, slope)[0][0].cpu()
             influence += _influence(state.detach(), output.detach())
-            below[number] = gradient[0].cpu()
-            run.progress.update(hidden.shape[1] / run.n_layers)
+            run.progress.update(state.shape[1] / run.n_layers)
     _require_finite(below, f"model.layers.{index}", "gradient")
     if probe is not None:
-        facts = {"influence": influence / run.windows.numel()}
-        run.journal.write(block_name(index), probe.tensors(), facts)
+        run.save(index, probe, influence)
     run.streams.commit(f"gradient.{index}")
     run.streams.drop(f"gradient.{index + 1}")
     run.streams.drop(f"hidden.{index + 1}")
 
 
-def embedding(run: Run) -> None:
-    """Moment of the gradients at the embedding's output."""
+def leave_embedding(run: Run) -> None:
+    """Moment of the gradients at the output of the embedding."""
     gradient = run.streams.find("gradient.0")
     gram = GramSum(gradient.shape[2])
     for number in range(len(gradient)):
@@ -151,12 +171,18 @@ def embedding(run: Run) -> None:
     run.journal.write(EMBEDDING_NAME, {"embed_tokens.grad": gram.packed()}, {})
 
 
-def _loss_gradient(
+def loss_gradient(
     normed: Float[Tensor, "context d_model"],
     weight: Float[Tensor, "vocab d_model"],
     targets: Int[Tensor, " scored"],
 ) -> tuple[float, Float[Tensor, "context d_model"]]:
-    """Summed cross-entropy of the next tokens and its gradient: (softmax - one-hot) weight."""
+    """Summed cross-entropy in nats of `targets`, the tokens that follow the first scored states,
+    and its gradient (softmax - one-hot) weight; logits exist for a few positions at a time.
+
+    >>> loss, gradient = loss_gradient(torch.zeros(2, 3), torch.eye(4, 3), torch.tensor([1]))
+    >>> round(loss, 4), gradient.tolist()
+    (1.3863, [[0.25, -0.75, 0.25], [0.0, 0.0, 0.0]])
+    """
     total, gradient = 0.0, torch.zeros_like(normed)
     step = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
     for start in range(0, len(targets), step):
@@ -177,12 +203,6 @@ def _influence(before: Tensor, after: Tensor) -> float:
 
 def _attached(probe: BlockProbe | None) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext() if probe is None else probe.attached()
-
-
-def _has_gradient(run: Run, index: int) -> bool:
-    """Whether the gradient at the input of block `index`, or of an earlier one, is there."""
-    streams = (run.streams.find(f"gradient.{earlier}") for earlier in range(index + 1))
-    return any(stream is not None for stream in streams)
 
 
 def _require_finite(values: Tensor, where: str, kind: str) -> None:

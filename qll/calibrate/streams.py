@@ -22,6 +22,7 @@ logger = logging.getLogger("qll.calibrate")
 
 # All streams of a run together stay in memory up to this many bytes.
 MEMORY_LIMIT = 2 << 30
+STREAMS_NAME = "streams"
 JOURNAL_NAME = "journal.jsonl"
 
 
@@ -36,7 +37,7 @@ class Streams:
     """
 
     def __init__(self, folder: Path, shape: tuple[int, int, int], count: int) -> None:
-        self.folder, self.shape = folder / "streams", shape
+        self.folder, self.shape = folder / STREAMS_NAME, shape
         self.nbytes = 4 * math.prod(shape) * count
         self.on_disk = self.nbytes > MEMORY_LIMIT
         self._open: dict[str, Tensor] = {}
@@ -79,11 +80,16 @@ class Streams:
         self._open.pop(name, None)
         self._files.pop(name, None)
 
+    def clear(self) -> None:
+        """Free every stream, so that all are computed again."""
+        for name in [*self._committed]:
+            self.drop(name)
+
     def close(self) -> None:
-        """Free everything."""
+        """Free everything and remove the folder."""
+        self.clear()
         self._open.clear()
         self._files.clear()
-        self._committed.clear()
         store.remove(self.folder)
 
     def _reopen(self) -> None:

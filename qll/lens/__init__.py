@@ -1,0 +1,9 @@
+"""The lens: look inside the dense and the converted model.
+
+In: weight matrices (and, from a later issue, activations). Out: entries of report.json. Read
+`spectra.look` first.
+"""
+
+from qll.lens.spectra import MatrixLook, look, matrix_entropies, random_spectrum, spectrum
+
+__all__ = ["MatrixLook", "look", "matrix_entropies", "random_spectrum", "spectrum"]

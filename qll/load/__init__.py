@@ -1,7 +1,25 @@
 """Any Llama checkpoint -> Source: names, specs, one tensor at a time; tokenizers and texts."""
 
+from importlib import import_module
+from typing import Any
+
 from qll.load.checkpoint import TensorSpec
 from qll.load.names import expected_specs
 from qll.load.source import Source, open_source
 
-__all__ = ["Source", "TensorSpec", "expected_specs", "open_source"]
+_ELSEWHERE = {
+    "open_tokenizer": "tokenizer",
+    "Text": "text",
+    "builtin_texts": "text",
+    "encode": "text",
+    "read_text": "text",
+    "describe": "inspect",
+}
+
+__all__ = ["Source", "TensorSpec", "expected_specs", "open_source", *_ELSEWHERE]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ELSEWHERE:
+        return getattr(import_module(f"qll.load.{_ELSEWHERE[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,20 +12,22 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from qll.errors import MissingTensorError, NonFiniteError, ShapeError, UsageError
+from qll.errors import ConfigError, MissingTensorError, NonFiniteError, ShapeError, UsageError
 from qll.load.files import digest_file
 from qll.load.names import expected_specs, file_rows
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,13 @@ class TensorSpec:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+@runtime_checkable
 class Stored(Protocol):
     """A tensor in a file: its spec, and a way to read rows start..stop-1 in file order."""
 
     @property
     def spec(self) -> TensorSpec:
-        """Shape, and the dtype that `read` returns."""
+        """Shape, and the dtype that `read` returns; cheap."""
         ...
 
     def read(self, start: int, stop: int) -> Tensor:
@@ -112,6 +115,34 @@ class Checkpoint:
         return tensor
 
 
+def drop_tied_head(tensors: MutableMapping[str, Stored], where: Path) -> None:
+    """Leave out a stored lm_head of a tied model, after proof (on sampled rows) that it is a copy.
+
+    transformers ignores it too; a head that differs means that the config is wrong.
+    """
+    head = tensors.pop("lm_head.weight", None)
+    table = tensors.get("model.embed_tokens.weight")
+    if head is not None and table is not None and not same_rows(head, table):
+        raise ConfigError(
+            "config says tied embeddings, but the file holds an lm_head of its own",
+            where=where,
+            expected="lm_head.weight equal to model.embed_tokens.weight",
+            hint="set tie_word_embeddings to false in config.json",
+        )
+
+
+def same_rows(first: Stored, second: Stored, samples: int = 64) -> bool:
+    """Whether two stored tensors have equal shape, dtype and evenly spaced rows."""
+    if first.spec != second.spec:
+        return False
+    rows = first.spec.shape[0]
+    step = max(1, math.ceil(rows / samples))
+    return all(
+        torch.equal(first.read(row, row + 1), second.read(row, row + 1))
+        for row in range(0, rows, step)
+    )
+
+
 def _bounds(rows: slice | None, count: int) -> tuple[int, int]:
     start, stop, step = (rows or slice(None)).indices(count)
     if step != 1:
@@ -126,22 +157,37 @@ def _require_expected(tensors: Mapping[str, Stored], config: LlamaConfig, where:
     expected = expected_specs(config)
     missing = [name for name in expected if name not in tensors]
     unexpected = [name for name in tensors if name not in expected]
-    if missing or unexpected:
+    if missing:
         raise MissingTensorError(
-            "tensors of the file and of the architecture differ",
+            f"{len(missing)} tensors are missing",
             where=where,
-            expected=f"{len(expected)} tensors, of which {len(missing)} missing {missing[:3]}",
-            found=f"{len(unexpected)} tensors nobody asked for {unexpected[:3]}",
-            hint="the file is incomplete or holds another architecture than its config says",
+            expected=", ".join(missing[:3]),
+            hint="the file is incomplete, or its config is that of another model",
+        )
+    if unexpected:
+        raise MissingTensorError(
+            f"{len(unexpected)} tensors are not part of a Llama with this config",
+            where=where,
+            found=", ".join(name[:80] for name in unexpected[:3]),
+            hint="the file holds another architecture, which would be computed wrongly",
         )
     for name, shape in expected.items():
-        if tensors[name].spec.shape != shape:
+        spec = tensors[name].spec
+        if spec.shape != shape:
             raise ShapeError(
                 "tensor and config disagree about its shape",
                 where=f"{where}: {name}",
                 expected=shape,
-                found=tensors[name].spec.shape,
+                found=spec.shape,
                 hint="the weights belong to another config",
+            )
+        if spec.dtype not in DTYPES:
+            raise ShapeError(
+                "weights of a dtype that is not read",
+                where=f"{where}: {name}",
+                expected="float64, float32, float16 or bfloat16",
+                found=spec.dtype,
+                hint="use the unquantised checkpoint, or a GGUF file",
             )
 
 

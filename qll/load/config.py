@@ -5,11 +5,11 @@ default is a model that looks almost right: as `rope_parameters` (transformers 5
 `rope_theta` / `rope_scaling` (transformers 4). Llama 2's config.json states `rope_scaling: null`
 alone, which means transformers 4's default base of 10000.
 
->>> hf_config({"model_type": "llama"}, Path("config.json"))
+>>> check_rope({"rope_type": "yarn", "rope_theta": 1e4}, Path("config.json"))
 Traceback (most recent call last):
     ...
-qll.errors.ConfigError: config.json: number missing or out of range (expected hidden_size: an \
-integer from 1 to 1048576, found None)
+qll.errors.ConfigError: config.json: rotary embedding of a type that is not implemented \
+(expected rope_type default or linear or llama3, found yarn)
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ def _refuse_variants(values: Mapping[str, Any], where: Path) -> None:
 def _hf_rope(values: Mapping[str, Any], where: Path) -> dict[str, Any]:
     """Rotary parameters from either generation of config.json."""
     stated = [key for key in ("rope_parameters", "rope_theta", "rope_scaling") if key in values]
-    if not stated or stated == ["rope_parameters"] and not values["rope_parameters"]:
+    if not stated or (stated == ["rope_parameters"] and not values["rope_parameters"]):
         raise ConfigError(
             "rotary embedding is not stated",
             where=where,

@@ -1,4 +1,4 @@
-"""Reading files that may lie: bounded JSON, paths that stay inside, exact reads, sampled digests."""
+"""Reading files that may lie: bounded JSON, paths that stay inside, exact reads, digests."""
 
 from __future__ import annotations
 

@@ -31,15 +31,18 @@ from qll.load.rope import scaled_rope
 if TYPE_CHECKING:
     from transformers import LlamaConfig
 
-FLOATS = {
+PLAIN = {
     GGMLQuantizationType.F64: torch.float64,
     GGMLQuantizationType.F32: torch.float32,
     GGMLQuantizationType.F16: torch.float16,
     GGMLQuantizationType.BF16: torch.bfloat16,
+    GGMLQuantizationType.I64: torch.int64,
+    GGMLQuantizationType.I32: torch.int32,
+    GGMLQuantizationType.I16: torch.int16,
+    GGMLQuantizationType.I8: torch.int8,
 }
-INTEGERS = {kind for kind in GGMLQuantizationType if kind.name in ("I8", "I16", "I32", "I64")}
 # Rows dequantised at once: the package makes several temporaries of this size
-CHUNK_ELEMENTS = 1 << 24
+CHUNK_ELEMENTS = 1 << 22
 LLAMA_2_VOCAB = 32000
 logger = logging.getLogger("qll.load")
 
@@ -53,22 +56,16 @@ class GGUFTensor:
 
     @property
     def spec(self) -> TensorSpec:
-        """Shape, and float32 for everything quantised; raises ShapeError for integers."""
-        if self.entry.kind in INTEGERS:
-            raise ShapeError(
-                "weights of an integer type",
-                where=f"{self.path}: {self.entry.name}",
-                found=self.entry.kind.name,
-            )
-        return TensorSpec(self.entry.shape, FLOATS.get(self.entry.kind, torch.float32))
+        """Shape, and the dtype of plain numbers; float32 for everything quantised."""
+        return TensorSpec(self.entry.shape, PLAIN.get(self.entry.kind, torch.float32))
 
     def read(self, start: int, stop: int) -> Tensor:
         """Rows start..stop-1, dequantised; only their bytes are read."""
         shape = (stop - start, *self.entry.shape[1:])
         row_bytes = self.entry.nbytes // self.entry.shape[0]
         offset = self.entry.offset + start * row_bytes
-        if self.entry.kind in FLOATS:
-            return read_tensor(self.path, offset, shape, FLOATS[self.entry.kind])
+        if self.entry.kind in PLAIN:
+            return read_tensor(self.path, offset, shape, PLAIN[self.entry.kind])
         result = torch.empty(shape, dtype=torch.float32)
         step = max(1, CHUNK_ELEMENTS // math.prod(shape[1:]))
         for row in range(0, stop - start, step):

@@ -228,7 +228,9 @@ def _place(
         if name in tensors:
             raise HeaderError("tensor is given twice", where=where)
         if offset % alignment:
-            raise HeaderError("offset is not aligned", where=where, expected=alignment, found=offset)
+            raise HeaderError(
+                "offset is not aligned", where=where, expected=alignment, found=offset
+            )
         nbytes = _nbytes(shape, kind, where)
         if (end := data_start + offset + nbytes) > size:
             raise TruncatedFileError(

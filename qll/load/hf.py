@@ -6,23 +6,16 @@ qll.load.meta with this folder's config.json.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import torch
-
-from qll.errors import ConfigError, HeaderError, MissingFileError, MissingTensorError
-from qll.load.checkpoint import Checkpoint, Stored
+from qll.errors import HeaderError, MissingFileError, MissingTensorError
+from qll.load.checkpoint import Checkpoint, drop_tied_head
 from qll.load.config import hf_config
 from qll.load.files import inside, read_object
 from qll.load.meta import open_meta
 from qll.load.names import is_skipped
 from qll.load.safetensors import SafeTensor, read_safetensors
-
-if TYPE_CHECKING:
-    from transformers import LlamaConfig
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -49,34 +42,6 @@ def open_hf(folder: Path) -> Checkpoint:
         config=config,
         files=tuple(sorted({tensor.path for tensor in found.values()})),
         tensors=tensors,
-    )
-
-
-def drop_tied_head(tensors: dict[str, Stored], where: Path) -> None:
-    """Leave out a stored lm_head of a tied model, after proof (on sampled rows) that it is a copy.
-
-    transformers ignores it too; a head that differs means that the config is wrong.
-    """
-    head = tensors.pop("lm_head.weight", None)
-    table = tensors.get("model.embed_tokens.weight")
-    if head is not None and table is not None and not same_rows(head, table):
-        raise ConfigError(
-            "config says tied embeddings, but the file holds an lm_head of its own",
-            where=where,
-            expected="lm_head.weight equal to model.embed_tokens.weight",
-            hint="set tie_word_embeddings to false in config.json",
-        )
-
-
-def same_rows(first: Stored, second: Stored, samples: int = 64) -> bool:
-    """Whether two stored tensors have equal shape, dtype and evenly spaced rows."""
-    if first.spec != second.spec:
-        return False
-    rows = first.spec.shape[0]
-    step = max(1, math.ceil(rows / samples))
-    return all(
-        torch.equal(first.read(row, row + 1), second.read(row, row + 1))
-        for row in range(0, rows, step)
     )
 
 
@@ -116,7 +81,9 @@ def _read_sharded(folder: Path) -> dict[str, SafeTensor]:
 
 
 def _no_weights(folder: Path) -> MissingFileError:
-    others = sorted(file.name for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern))
+    others = sorted(
+        file.name for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern)
+    )
     return MissingFileError(
         "no weights in a Hugging Face folder",
         where=folder,

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qll.errors import HeaderError, ShapeError, TruncatedFileError
+from qll.errors import HeaderError, TruncatedFileError
 from qll.load.checkpoint import TensorSpec
 from qll.load.files import parse_object, read_tensor
 
@@ -28,10 +28,15 @@ DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
-# Known to the format, not weights we compute with; allowed for tensors that are skipped
-OTHER_DTYPES = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1}
-OTHER_DTYPES |= {"BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 
 
 @dataclass(frozen=True)
@@ -40,28 +45,13 @@ class SafeTensor:
 
     path: Path
     offset: int
-    shape: tuple[int, ...]
-    dtype_name: str
-
-    @property
-    def spec(self) -> TensorSpec:
-        """Shape and dtype; raises ShapeError for a dtype that is not floating point."""
-        if self.dtype_name not in DTYPES:
-            raise ShapeError(
-                "weights of a dtype that is not read",
-                where=self.path,
-                expected=" or ".join(DTYPES),
-                found=self.dtype_name,
-                hint="use the unquantised checkpoint",
-            )
-        return TensorSpec(self.shape, DTYPES[self.dtype_name])
+    spec: TensorSpec
 
     def read(self, start: int, stop: int) -> Tensor:
         """Rows start..stop-1; only their bytes are read."""
-        dtype = self.spec.dtype
-        row = math.prod(self.shape[1:]) * dtype.itemsize
-        shape = (stop - start, *self.shape[1:])
-        return read_tensor(self.path, self.offset + start * row, shape, dtype)
+        rest, dtype = self.spec.shape[1:], self.spec.dtype
+        offset = self.offset + start * math.prod(rest) * dtype.itemsize
+        return read_tensor(self.path, offset, (stop - start, *rest), dtype)
 
 
 def read_safetensors(path: Path) -> dict[str, SafeTensor]:
@@ -85,7 +75,8 @@ def read_safetensors(path: Path) -> dict[str, SafeTensor]:
             continue
         begin, end = _span(entry, path, name)
         spans.append((begin, end))
-        tensors[name] = SafeTensor(path, start + begin, tuple(entry["shape"]), entry["dtype"])
+        spec = TensorSpec(tuple(entry["shape"]), DTYPES[entry["dtype"]])
+        tensors[name] = SafeTensor(path, start + begin, spec)
     _require_covered(sorted(spans), size, path)
     return tensors
 
@@ -96,7 +87,7 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
     with open(path, "rb") as file:
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length <= MAX_HEADER_BYTES and 8 + length > size:
+        if len(prefix) < 8 or (length <= MAX_HEADER_BYTES and 8 + length > size):
             raise TruncatedFileError(
                 "safetensors file ends inside its header",
                 where=path,
@@ -129,10 +120,9 @@ def _span(entry: Any, path: Path, name: str) -> tuple[int, int]:
     shape, offsets, dtype = entry["shape"], entry["data_offsets"], entry["dtype"]
     if not whole(shape) or not whole(offsets) or len(offsets) != 2 or len(shape) > 8:
         raise HeaderError("shape or data_offsets are not sizes", where=where)
-    if not isinstance(dtype, str) or dtype not in DTYPES | OTHER_DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise HeaderError("unknown dtype", where=where, found=repr(dtype)[:80])
-    itemsize = DTYPES[dtype].itemsize if dtype in DTYPES else OTHER_DTYPES[dtype]
-    if (claimed := math.prod(shape) * itemsize) != offsets[1] - offsets[0]:
+    if (claimed := math.prod(shape) * DTYPES[dtype].itemsize) != offsets[1] - offsets[0]:
         raise HeaderError(
             "shape and data_offsets disagree",
             where=where,

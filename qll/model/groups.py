@@ -85,7 +85,7 @@ class TNGroup(NetworkModule):
 
     def __getstate__(self) -> dict[str, Any]:
         """The state for copies and pickles: without anything remembered."""
-        return super().__getstate__() | {"_memo": None}
+        return self.__dict__ | {"_memo": None}
 
 
 class TNMember(nn.Module):

@@ -4,14 +4,14 @@
     TNEmbedding  rows of W by id    the table is never built
     TNTiedHead   y = W x with the W of a TNEmbedding; holds nothing of its own
 
-The numbers are plain parameters and buffers, so state_dict, .to(), deepcopy, pickling and optimisers
+The numbers are plain parameters and buffers, so state_dict, .to(), deepcopy, pickle and optimisers
 see nothing unusual. `.weight` rebuilds the matrix on every read; it exists for tools that want to
 look at it. Cores are NaN until they are loaded: a forgotten load shows at once.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
 
 import torch
 from jaxtyping import Float, Int
@@ -19,6 +19,9 @@ from torch import Tensor, nn
 
 from qll.tn import build, tensor_shapes
 from qll.tn.network import MatrixNetwork, NetworkSpec
+
+# Pivots count rows of one matrix; half the bytes of torch's default.
+INDEX_DTYPE = torch.int32
 
 
 class NetworkModule(nn.Module):
@@ -39,46 +42,28 @@ class NetworkModule(nn.Module):
         )
         self.indices = nn.Module()
         for position, shape in enumerate(shapes.indices):
-            pivots = torch.zeros(shape, dtype=torch.int64, device=device)
-            self.indices.register_buffer(str(position), pivots)
-        self._built: tuple[Any, ...] | None = None
+            # distinct, so that an unloaded network computes NaN and not an index error
+            pivots = torch.arange(math.prod(shape), dtype=INDEX_DTYPE, device=device)
+            self.indices.register_buffer(str(position), pivots.reshape(shape))
 
     @classmethod
     def from_network(cls, network: MatrixNetwork) -> NetworkModule:
         """The module that computes with `network`; cores become trainable parameters."""
         module = cls(network.spec, device="meta")
         tensors = {f"cores.{i}": core.detach() for i, core in enumerate(network.cores)}
-        tensors |= {f"indices.{i}": index for i, index in enumerate(network.indices)}
+        tensors |= {
+            f"indices.{i}": index.to(INDEX_DTYPE) for i, index in enumerate(network.indices)
+        }
         module.load_state_dict(tensors, strict=True, assign=True)
         return module
 
     def network(self) -> MatrixNetwork:
-        """The network on the module's own tensors (no copies): gradients reach the cores.
-
-        The object is kept as long as the tensors are the same ones, because networks remember what
-        they derive from their pivots.
-        """
-        cores, indices = tuple(self.cores), tuple(self.indices.buffers())
-        if torch.compiler.is_compiling():
-            return build(self.spec, cores, indices)
-        versions = tuple(None if index.is_inference() else index._version for index in indices)
-        if self._built is not None:
-            network, seen = self._built
-            tensors = (*network.cores, *network.indices)
-            same = all(old is new for old, new in zip(tensors, (*cores, *indices), strict=True))
-            if same and seen == versions:
-                return network
-        network = build(self.spec, cores, indices)
-        self._built = (network, versions)
-        return network
+        """The network on the module's own tensors (no copies): gradients reach the cores."""
+        return build(self.spec, tuple(self.cores), tuple(self.indices.buffers()))
 
     def extra_repr(self) -> str:
         """Format, shape and ranks, for print(model)."""
         return f"{self.spec.format}, shape={self.spec.shape}, ranks={self.spec.ranks}"
-
-    def __getstate__(self) -> dict[str, Any]:
-        """The state for copies and pickles: without the remembered network."""
-        return self.__dict__ | {"_built": None}
 
 
 class TNLinear(NetworkModule):

@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM
 from qll.errors import ConfigError, ShapeError
 from qll.model.groups import GROUP_NAMES, TNGroup, TNMember, group_path
 from qll.model.layers import TNEmbedding, TNLinear, TNTiedHead
-from qll.tn import JOINTS, NETWORKS, tensor_shapes
+from qll.tn import JOINTS, NETWORKS, build, tensor_shapes
 from qll.tn.network import NetworkSpec
 
 Entries = Mapping[tuple[str, ...], NetworkSpec]
@@ -28,7 +28,7 @@ READS_OTHER_INPUT = "o_proj"
 def stored_shapes(members: tuple[str, ...], spec: NetworkSpec) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors that an entry stores in a converted folder, in order.
 
-    `<path>.cores.<i>` are floating point, `<path>.indices.<i>` int64; the path of a group of
+    `<path>.cores.<i>` are floating point, `<path>.indices.<i>` int32; the path of a group of
     members is that of `group_path`.
 
     >>> from qll.tn.network import NetworkSpec
@@ -49,6 +49,7 @@ def insert_networks(model: LlamaForCausalLM, entries: Entries) -> None:
     """
     for members, spec in entries.items():
         _check_entry(model, members, spec)
+    for members, spec in entries.items():
         like = model.get_submodule(members[0]).weight
         if len(members) > 1:
             _insert_group(model, members, spec, like)
@@ -107,7 +108,7 @@ def _dense_module(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     with torch.no_grad():
         network = owner.network()
         cores = tuple(core.to(wide) for core in network.cores)
-        network = type(network)(network.spec, cores, network.indices)
+        network = build(network.spec, cores, network.indices)
         member = (module.member,) if isinstance(module, TNMember) else ()
         matrix = network.to_matrix(*member).to(dtype).contiguous()
     if isinstance(module, TNEmbedding):

@@ -21,14 +21,16 @@ SCHEMA_VERSION = 1
 NUMBER = (int, float)
 MAYBE_NUMBER = (int, float, NoneType)
 EACH = object()  # in a schema: whatever the keys are called, the values look like this
+OPTIONAL = "?"  # at the end of a key: may be absent
 
-BOTH_SPEEDS = {"dense": MAYBE_NUMBER, "converted": MAYBE_NUMBER}
+BOTH = {"dense": MAYBE_NUMBER, "converted": MAYBE_NUMBER}  # of the dense, of the converted model
 
 MATRIX = {
     "name": str,
     "format": str,
+    "shape?": [int],
     "modes": (dict, list, NoneType),
-    "ranks": list,
+    "ranks": [int],
     "params": int,
     "params_dense": int,
     "rel_error": MAYBE_NUMBER,
@@ -41,9 +43,18 @@ ENTROPY = {
     "cut": str,
     "nats": MAYBE_NUMBER,
     "nats_random": MAYBE_NUMBER,
+    "nats_converted?": MAYBE_NUMBER,
     "max_nats": MAYBE_NUMBER,
     "renyi2": MAYBE_NUMBER,
     "participation_ratio": MAYBE_NUMBER,
+}
+
+SPECTRUM = {
+    "name": str,
+    "shape": [int],
+    "rank": [int],
+    "dense": [NUMBER],
+    "converted?": (list, NoneType),
 }
 
 TEXT = {
@@ -71,18 +82,22 @@ SCHEMA: dict[Any, Any] = {
         "params_ratio": NUMBER,
         "bytes_ratio": NUMBER,
         "dtype": str,
+        "params?": BOTH,
+        "bytes?": BOTH,
         "per_matrix": [MATRIX],
     },
-    "entropy": {"per_matrix": [ENTROPY], "activations": list},
+    "entropy": {"per_matrix": [ENTROPY], "activations": list, "spectra?": [SPECTRUM]},
     "quality": {"texts": {EACH: TEXT}},
     "sae": {"layers": dict},
     "cost": {
         "seconds": {EACH: NUMBER},
         "peak_rss_bytes": MAYBE_NUMBER,
         "peak_device_bytes": MAYBE_NUMBER,
-        "decode_tokens_per_second": BOTH_SPEEDS,
-        "prefill_tokens_per_second": BOTH_SPEEDS,
+        "decode_tokens_per_second": BOTH,
+        "prefill_tokens_per_second": BOTH,
+        "flops_per_token?": BOTH,
     },
+    "provenance?": dict,
     "warnings": [str],
 }
 
@@ -154,11 +169,12 @@ def _check(value: Any, schema: Any, place: str) -> None:
             if key is EACH:
                 for name, item in value.items():
                     _check(item, inner, f"{place}[{name!r}]")
-            elif key not in value:
+            elif key.removesuffix(OPTIONAL) in value:
+                name = key.removesuffix(OPTIONAL)
+                _check(value[name], inner, f"{place}.{name}")
+            elif not key.endswith(OPTIONAL):
                 found = ", ".join(map(repr, list(value)[:12])) or "no keys"
                 raise ReportError("key is missing", where=place, expected=repr(key), found=found)
-            else:
-                _check(value[key], inner, f"{place}.{key}")
     elif isinstance(schema, list):
         _check_kind(value, (list,), place)
         for position, item in enumerate(value):

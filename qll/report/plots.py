@@ -20,8 +20,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from qll.report.units import Number
+
 SVG = "{http://www.w3.org/2000/svg}"
-WIDTH, HEIGHT = 340, 208  # CSS pixels; the page scales a panel by at most a fifth
+WIDTH, HEIGHT = 262, 176  # CSS pixels; the page scales a panel by at most a third
 INK, SOFT, LINE = "#010101", "#020202", "#030303"
 DENSE, CONVERTED, RANDOM = "#040404", "#050505", "#060606"
 VARIABLES = {
@@ -37,7 +39,7 @@ STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "qll",
     "text.parse_math": False,
-    "font.size": 10.5,
+    "font.size": 11,
     "axes.linewidth": 0.8,
     "path.simplify": False,
 }
@@ -48,9 +50,9 @@ class Curve:
     """One matrix type at one cut over depth: blocks and three values each (None = not measured)."""
 
     blocks: Sequence[int]
-    dense: Sequence[float | None]
-    converted: Sequence[float | None]
-    random: Sequence[float | None]
+    dense: Sequence[Number | None]
+    converted: Sequence[Number | None]
+    random: Sequence[Number | None]
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,10 @@ class Spectrum:
     """Singular values of one matrix over the root mean square of the dense ones, at `rank`."""
 
     block: int
-    depth: float
+    depth: Number
     rank: Sequence[int]
-    dense: Sequence[float]
-    converted: Sequence[float] | None
+    dense: Sequence[Number]
+    converted: Sequence[Number] | None
 
 
 def entropy_panels(curves: Mapping[str, Curve]) -> dict[str, str]:
@@ -81,7 +83,7 @@ def entropy_panels(curves: Mapping[str, Curve]) -> dict[str, str]:
 
 
 def spectrum_panels(
-    groups: Mapping[str, Sequence[Spectrum]], random: Mapping[str, Sequence[float]]
+    groups: Mapping[str, Sequence[Spectrum]], random: Mapping[str, Sequence[Number]]
 ) -> dict[str, str]:
     """One SVG per key: the spectra of all its blocks, and that of a random matrix of its shape.
 
@@ -98,9 +100,9 @@ def spectrum_panels(
     return {key: _spectrum_panel(lines, random.get(key, ()), top) for key, lines in groups.items()}
 
 
-def _entropy_panel(curve: Curve, top: float, span: float) -> str:
+def _entropy_panel(curve: Curve, top: Number, span: Number) -> str:
     with rc_context(STYLE):
-        figure, axes = _axes(left=0.13)
+        figure, axes = _axes(left=0.14)
         blocks = list(curve.blocks)
         for values, colour, style, line_width in (
             (curve.random, RANDOM, (0, (4, 3)), 1.3),
@@ -114,15 +116,15 @@ def _entropy_panel(curve: Curve, top: float, span: float) -> str:
             axes.plot(places, heights, color=colour, ls=style, lw=line_width)
         axes.set_ylim(top + 0.07 * span - 1.07 * span, top + 0.07 * span)
         axes.set_xlim(min(blocks) - 0.5, max(blocks) + 0.5)
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(4))
         _label(axes, "nats", "block")
         return _clean(figure, axes)
 
 
-def _spectrum_panel(lines: Sequence[Spectrum], random: Sequence[float], top: float) -> str:
+def _spectrum_panel(lines: Sequence[Spectrum], random: Sequence[Number], top: Number) -> str:
     with rc_context(STYLE):
-        figure, axes = _axes(left=0.13)
+        figure, axes = _axes(left=0.14)
         axes.set_yscale("log")
         for line in lines:
             shade = f"#0700{round(100 * line.depth):02x}"
@@ -151,7 +153,7 @@ def _spectrum_panel(lines: Sequence[Spectrum], random: Sequence[float], top: flo
 def _axes(left: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72), dpi=72)
     figure.patch.set_visible(False)
-    axes = figure.add_axes((left, 0.16, 0.98 - left, 0.72))
+    axes = figure.add_axes((left, 0.19, 0.985 - left, 0.68))
     axes.patch.set_visible(False)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(LINE)
@@ -162,18 +164,16 @@ def _axes(left: float) -> tuple[Figure, Axes]:
 
 
 def _label(axes: Axes, vertical: str, horizontal: str) -> None:
-    axes.text(-0.13, 1.09, vertical, transform=axes.transAxes, color=SOFT, va="center")
-    axes.text(
-        1, -0.165, horizontal, transform=axes.transAxes, color=SOFT, ha="right", va="center"
-    )
+    axes.text(-0.165, 1.1, vertical, transform=axes.transAxes, color=SOFT, va="center")
+    axes.text(1, -0.165, horizontal, transform=axes.transAxes, color=SOFT, ha="right", va="center")
 
 
-def _values(curve: Curve) -> list[float]:
+def _values(curve: Curve) -> list[Number]:
     every = (*curve.dense, *curve.converted, *curve.random)
     return [value for value in every if value is not None]
 
 
-def _floored(values: Sequence[float]) -> list[float]:
+def _floored(values: Sequence[Number]) -> list[Number]:
     return [value if value >= FLOOR else math.nan for value in values]
 
 

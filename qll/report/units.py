@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from math import floor, log10
+
+Number = int | float
 NONE = "n/a"
 
 
-def count(value: float | None) -> str:
+def count(value: Number | None) -> str:
     """A number of things with a decimal prefix: at most four significant digits.
 
     >>> count(134_515_008), count(2048), count(None)
@@ -19,7 +22,7 @@ def count(value: float | None) -> str:
     return f"{value:,.0f}"
 
 
-def size(value: float | None) -> str:
+def size(value: Number | None) -> str:
     """Bytes with a decimal prefix.
 
     >>> size(3_412_574_208), size(900)
@@ -33,7 +36,7 @@ def size(value: float | None) -> str:
     return f"{value:.0f} B"
 
 
-def seconds(value: float | None) -> str:
+def seconds(value: Number | None) -> str:
     """A duration.
 
     >>> seconds(0.31), seconds(48.23), seconds(247.3), seconds(7265)
@@ -49,7 +52,7 @@ def seconds(value: float | None) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
-def percent(value: float | None, digits: int = 1) -> str:
+def percent(value: Number | None, digits: int = 1) -> str:
     """A share in percent.
 
     >>> percent(0.8041), percent(1.0, 0)
@@ -58,7 +61,7 @@ def percent(value: float | None, digits: int = 1) -> str:
     return NONE if value is None else f"{100 * value:.{digits}f} %"
 
 
-def number(value: float | None) -> str:
+def number(value: Number | None) -> str:
     """About four significant digits, without exponents between 0.001 and ten million.
 
     >>> number(15.4641), number(0.51273), number(12_345_678.0), number(0.00002), number(0.0)
@@ -73,7 +76,19 @@ def number(value: float | None) -> str:
     return _digits(value)
 
 
-def ratio(dense: float | None, converted: float | None) -> float | None:
+def rounded(value: Number | None) -> str:
+    """Three significant digits: for what was timed and is no better known than that.
+
+    >>> rounded(22.84), rounded(455.03), rounded(0.8849)
+    ('22.8', '455', '0.885')
+    """
+    if value is None:
+        return NONE
+    text = f"{value:,.{max(0, 2 - floor(log10(abs(value))))}f}" if value else "0"
+    return text if abs(value) < 1e6 else number(value)
+
+
+def ratio(dense: Number | None, converted: Number | None) -> float | None:
     """converted / dense, or None where that has no meaning.
 
     >>> ratio(2.0, 3.0), ratio(0, 1)
@@ -82,15 +97,15 @@ def ratio(dense: float | None, converted: float | None) -> float | None:
     return None if dense is None or converted is None or dense == 0 else converted / dense
 
 
-def times(value: float | None) -> str:
+def times(value: Number | None) -> str:
     """A ratio with its sign of multiplication.
 
     >>> times(1.6206)
     '\\u00d71.621'
     """
-    return NONE if value is None else f"\u00d7{number(value)}"
+    return NONE if value is None else f"\u00d7{rounded(value)}"
 
 
-def _digits(value: float) -> str:
+def _digits(value: Number) -> str:
     whole = len(str(int(abs(value))))
     return f"{value:,.{max(0, min(4, 4 - whole)) if abs(value) >= 1 else 4}f}"

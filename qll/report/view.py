@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from qll.report import units
+from qll.report.units import Number
 
 BLOCK = re.compile(r"(?:model\.)?layers\.(\d{1,6})\.(.+)")
 ORDER = (
@@ -39,12 +40,14 @@ CHANNEL = "channel"
 def view(report: Mapping[str, Any]) -> dict[str, Any]:
     """The context of the page, plain data. `report` has passed `check_report`."""
     matrices = matrix_rows(report)
+    pairs = _cost_pairs(report)
     return {
         "model": report["model"],
-        "facts": _facts(report),
+        "about": _about(report),
+        "facts": _facts(report, pairs),
         "summary": _summary(report),
         "texts": [_text_card(name, text) for name, text in report["quality"]["texts"].items()],
-        "pairs": _cost_pairs(report),
+        "pairs": pairs,
         "stages": _stages(report["cost"]["seconds"]),
         "memory": _memory(report["cost"]),
         "matrices": matrices,
@@ -127,39 +130,43 @@ def _shape(matrix: Mapping[str, Any]) -> str:
     return "\u00d7".join(f"{side:,}" for side in shape) if shape else "-"
 
 
-def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    model, compression = report["model"], report["compression"]
-    heads = f"{model['n_heads']}:{model['n_kv_heads']}" if "n_kv_heads" in model else None
-    facts = [
-        ("blocks", str(model["n_layers"])),
-        ("d_model", f"{model['d_model']:,}"),
-        ("heads q:kv", heads),
-        ("parameters", units.count(model["params"])),
-        ("in blocks", units.count(model["block_params"])),
-        ("source", f"{model['source_format']}, {model['row_order']} rows"),
-        ("stored as", compression["dtype"]),
-    ]
-    return [(name, value) for name, value in facts if value is not None]
-
-
-def _summary(report: Mapping[str, Any]) -> dict[str, Any]:
-    compression = report["compression"]
-    formats: dict[str, int] = {}
-    for matrix in compression["per_matrix"]:
+def _about(report: Mapping[str, Any]) -> list[str]:
+    """The model in a few words each."""
+    model, formats = report["model"], {}
+    for matrix in report["compression"]["per_matrix"]:
         formats[matrix["format"]] = formats.get(matrix["format"], 0) + 1
     ordered = sorted(formats.items(), key=lambda item: (-item[1], item[0]))
-    return {
-        "keep": units.percent(compression["keep"]),
-        "params_ratio": units.percent(compression["params_ratio"]),
-        "bytes_ratio": units.percent(compression["bytes_ratio"]),
-        "formats": [{"name": name, "count": count} for name, count in ordered],
-    }
+    words = [f"{model['n_layers']} blocks", f"d_model {model['d_model']:,}"]
+    if {"n_heads", "n_kv_heads"} <= {*model}:
+        words.append(f"{model['n_heads']}:{model['n_kv_heads']} heads")
+    words.append(f"from {model['source_format']}, {model['row_order']} rows")
+    words.append(", ".join(f"{count} {name}" for name, count in ordered))
+    return [word for word in words if word]
+
+
+def _summary(report: Mapping[str, Any]) -> dict[str, str]:
+    compression = report["compression"]
+    keys = ("keep", "params_ratio", "bytes_ratio")
+    return {key: units.percent(compression[key]) for key in keys} | {"dtype": compression["dtype"]}
+
+
+def _facts(report: Mapping[str, Any], pairs: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """The cost in one line; the section on cost has the same numbers with bars."""
+    facts = [
+        (item["short"], f"{item['bars'][0]['text']} \u2192 {item['bars'][1]['text']}")
+        for item in pairs
+        if item["short"]
+    ]
+    facts += [(f"peak {name}", value) for name, value in _memory(report["cost"])]
+    return [*facts, ("run time", units.seconds(sum(report["cost"]["seconds"].values())))]
 
 
 def _text_card(name: str, text: Mapping[str, Any]) -> dict[str, Any]:
     dense, converted = text["dense"], text["converted"]
     change = units.ratio(dense["ppl"], converted["ppl"])
-    bits = f"{units.number(dense['bits_per_byte'])} \u2192 {units.number(converted['bits_per_byte'])}"
+    bits = (
+        f"{units.number(dense['bits_per_byte'])} \u2192 {units.number(converted['bits_per_byte'])}"
+    )
     return {
         "name": name,
         "tokens": f"{text['tokens']:,}",
@@ -173,7 +180,7 @@ def _text_card(name: str, text: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def pair(label: str, dense: float | None, converted: float | None, text: Any) -> dict[str, Any]:
+def pair(label: str, dense: Number | None, converted: Number | None, text: Any) -> dict[str, Any]:
     """Two values of one quantity as texts and bar lengths in percent of the larger one."""
     top = max((value for value in (dense, converted) if value is not None), default=0.0)
     bars = [
@@ -191,15 +198,15 @@ def _cost_pairs(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     }
     decode, prefill = cost["decode_tokens_per_second"], cost["prefill_tokens_per_second"]
     rows = [
-        ("parameters, whole model", params, units.count),
-        (f"bytes in {compression['dtype']}", compression.get("bytes"), units.size),
-        ("FLOPs per decoded token", cost.get("flops_per_token"), units.count),
-        ("decode, tokens per second", decode, units.number),
-        ("prefill, tokens per second", prefill, units.number),
+        ("parameters, whole model", "parameters", params, units.count),
+        (f"bytes in {compression['dtype']}", "bytes", compression.get("bytes"), units.size),
+        ("decode, tokens per second", "decode tokens/s", decode, units.rounded),
+        ("prefill, tokens per second", "prefill tokens/s", prefill, units.rounded),
+        ("FLOPs per decoded token", "", cost.get("flops_per_token"), units.count),
     ]
     return [
-        pair(label, values["dense"], values["converted"], text)
-        for label, values, text in rows
+        pair(label, values["dense"], values["converted"], text) | {"short": short}
+        for label, short, values, text in rows
         if values and not (values["dense"] is None and values["converted"] is None)
     ]
 
@@ -250,23 +257,25 @@ def _metrics(matrices: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         }
         text = _percent_cell if key == "kept" else _decimal_cell
         long = units.percent if key == "kept" else units.number
-        metrics.append(
-            {
-                "key": key, "label": label, "meaning": meaning,
-                "low": long(low), "high": long(high),
+        entry = {
+                "key": key,
+                "label": label,
+                "meaning": meaning,
+                "low": long(low),
+                "high": long(high),
                 "shade": [round(shade[n], 3) if n in shade else None for n in values],
                 "cell": ["" if v is None else text(v) for v in values.values()],
                 "text": [long(value) for value in values.values()],
-            }  # fmt: skip
-        )
+        }  # fmt: skip
+        metrics.append(entry)
     return metrics
 
 
-def _percent_cell(value: float) -> str:
+def _percent_cell(value: Number) -> str:
     return f"{100 * value:.0f}"
 
 
-def _decimal_cell(value: float) -> str:
+def _decimal_cell(value: Number) -> str:
     if abs(value) < 0.005:
         return "0"
     return f"{value:.2f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:.1f}"
@@ -322,5 +331,5 @@ def _flat(value: Any) -> str:
     return "-" if value is None else str(value)
 
 
-def _minus(left: float | None, right: float | None) -> float | None:
+def _minus(left: Number | None, right: Number | None) -> Number | None:
     return None if left is None or right is None else left - right

@@ -39,7 +39,7 @@ from torch import Tensor
 from qll.errors import ShapeError, UsageError
 from qll.tn.entropy import von_neumann
 from qll.tn.gauge import interpolative, row_order, write
-from qll.tn.legs import exact, leading_basis
+from qll.tn.legs import exact, leading_basis, lookup, onto_leg
 from qll.tn.network import GAUGES, NetworkSpec, TensorShapes
 from qll.tn.svd import rank_for, singular_values
 
@@ -84,7 +84,7 @@ class JointTree:
 
     @classmethod
     def clamp(cls, spec: NetworkSpec) -> NetworkSpec:
-        """Lower ranks to r_shared <= min(in, sum r_j) and r_j <= min(out_j, r_shared), 1 at least."""
+        """Lower to r_shared <= min(in, sum r_j) and r_j <= min(out_j, r_shared), at least 1."""
         limits = cls.max_ranks(spec)
         if len(spec.ranks) != len(limits):
             raise _rank_count(spec, len(limits))
@@ -103,21 +103,20 @@ class JointTree:
         return [singular_values(matrix) for matrix in (torch.cat(list(matrices)), *matrices)]
 
     @classmethod
-    def decompose(
-        cls, matrices: Sequence[Float[Tensor, "_ into"]], spec: NetworkSpec
-    ) -> JointTree:
-        """Quasi-optimal tree (factor sqrt(J + 1)) of `spec.ranks` in the Frobenius norm, gauge "none".
+    def decompose(cls, matrices: Sequence[Float[Tensor, "_ into"]], spec: NetworkSpec) -> JointTree:
+        """Quasi-optimal tree (factor sqrt(J + 1)) of `spec.ranks`, Frobenius norm, gauge "none".
 
-        The cores have the members' dtype (float32 for half precision).
-        Raises UsageError for ranks that `clamp` would change, ShapeError for other matrices.
+        Ranks are clamped; cores have the members' dtype (float32 for half precision).
+        Raises UsageError for members that do not fit the shape, ShapeError for other matrices.
 
         >>> spec = NetworkSpec("joint_tree", (5, 4), (2, 2, 1), members=((3, 4), (2, 4)))
         >>> tree = JointTree.decompose([torch.ones(3, 4), torch.ones(2, 4)], spec)
         >>> [tuple(core.shape) for core in tree.cores]
         [(2, 4), (3, 2), (2, 1), (1, 2)]
         """
-        _check(spec)
+        _check_members(spec)
         _check_matrices(matrices, spec)
+        spec = cls.clamp(spec)
         basis, factors = _fit([exact(matrix) for matrix in matrices], spec.ranks)
         return _assemble(spec, basis, factors, like=matrices[0])
 
@@ -139,7 +138,7 @@ class JointTree:
     def transform_legs(
         self, out: Sequence[Tensor | None], into: Sequence[Tensor | None]
     ) -> JointTree:
-        """W_j -> out[j] W_j into[0], gauge "none"; None leaves a leg as it is."""
+        """W_j -> out[j] W_j into[0]; None leaves a leg as it is. The gauge is kept."""
         plain = self.expand()
         cores = list(plain.cores)
         if into[0] is not None:
@@ -147,7 +146,8 @@ class JointTree:
         for position, matrix in zip(_leaf_positions(self.spec), out, strict=True):
             if matrix is not None:
                 cores[position] = matrix.to(cores[position]) @ cores[position]
-        return replace(plain, cores=tuple(cores))
+        moved = replace(plain, cores=tuple(cores))
+        return moved.interpolate() if self.spec.gauge == "interpolative" else moved
 
     def interpolate(self) -> JointTree:
         """The same matrices in the interpolative gauge: r_shared^2 + sum r_j^2 numbers fewer."""
@@ -195,7 +195,7 @@ class JointTree:
         bond = x @ self.cores[0].mT
         if self.spec.gauge == "none":
             return bond
-        return _beside(bond, self.cores[1])
+        return torch.cat([bond, bond @ self.cores[1].mT], -1)
 
     def apply(
         self,
@@ -220,9 +220,8 @@ class JointTree:
         own = shared.index_select(-1, order[place.start : place.start + place.rows])
         if not place.branch:
             return own
-        bond = 1 + sum(other.branch for other in self._layout[:member])
-        order = row_order(self.indices[bond], place.out)
-        return _beside(own, self.cores[1 + bond]).index_select(-1, order)
+        bond = self._bond(member)
+        return onto_leg(own, self.cores[1 + bond], self.indices[bond])
 
     def to_matrix(self, member: int) -> Float[Tensor, "out into"]:
         """W_member as a dense matrix."""
@@ -230,14 +229,26 @@ class JointTree:
 
     def rows(self, ids: Int[Tensor, "*batch"], member: int) -> Float[Tensor, "*batch into"]:
         """Rows `ids` of W_member; the matrix is not formed."""
-        return self._leaf(member)[ids] @ self.cores[0]
+        place = self._layout[member]
+        if self.spec.gauge == "none":
+            position = _leaf_positions(self.spec)[member]
+            picked = self.cores[position][ids]
+            inner = picked @ self.cores[position + 1] if place.branch else picked
+        elif place.branch:
+            bond = self._bond(member)
+            own = lookup(self.cores[1 + bond], self.indices[bond], ids)
+            steps = torch.arange(place.start, place.start + place.rows, device=ids.device)
+            inner = own @ lookup(self.cores[1], self.indices[0], steps)
+        else:
+            inner = lookup(self.cores[1], self.indices[0], ids + place.start)
+        return inner @ self.cores[0]
 
     def flops(self, tokens: int) -> int:
         """Floating-point operations of applying every member to the same `tokens` vectors."""
         return 2 * tokens * self.num_floats
 
     def bond_spectrum(self, k: int) -> Float[Tensor, " values"]:
-        """Singular values over bond k: 0 cuts all outputs from the input, j + 1 cuts member j off."""
+        """Singular values over bond k: 0 cuts outputs from input, j + 1 cuts member j off."""
         _, _, smalls = self._reduced()
         return singular_values(torch.cat(smalls) if k == 0 else smalls[k - 1])
 
@@ -268,6 +279,10 @@ class JointTree:
     @property
     def _layout(self) -> tuple[_Member, ...]:
         return _layout(self.spec.members, self.spec.ranks)
+
+    def _bond(self, member: int) -> int:
+        """Number of a branch member's own bond among the stored ones."""
+        return 1 + sum(other.branch for other in self._layout[:member])
 
     def _leaf(self, member: int) -> Float[Tensor, "out shared"]:
         """U_j T_j, the member's map from the shared bond to its output."""
@@ -324,7 +339,7 @@ def _leaf_positions(spec: NetworkSpec) -> list[int]:
 def _fit(
     matrices: Sequence[Tensor], ranks: Sequence[int]
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor | None]]]:
-    """Shared basis from the stacked matrix, then (U_j, T_j) per member; T_j None if not truncated."""
+    """Shared basis of the stack, then (U_j, T_j) per member; T_j None if nothing is cut."""
     basis = leading_basis(torch.cat(list(matrices)).mT, ranks[0]).mT
     factors: list[tuple[Tensor, Tensor | None]] = []
     for matrix, rank in zip(matrices, ranks[1:], strict=True):
@@ -370,12 +385,7 @@ def _within(matrices: Sequence[Tensor], rtol: float) -> tuple[list[Tensor], list
     return [matrix @ basis for matrix in inner], ranks
 
 
-def _beside(x: Tensor, rest: Tensor) -> Tensor:
-    """[I; C] x: the pivot rows, then the others."""
-    return torch.cat([x, x @ rest.mT], -1)
-
-
-def _check(spec: NetworkSpec) -> None:
+def _check_members(spec: NetworkSpec) -> None:
     outs = [out for out, _ in spec.members]
     if not outs or spec.shape[0] != sum(outs) or any(n != spec.shape[1] for _, n in spec.members):
         raise UsageError(
@@ -384,6 +394,10 @@ def _check(spec: NetworkSpec) -> None:
             expected=spec.shape,
             found=spec.members,
         )
+
+
+def _check(spec: NetworkSpec) -> None:
+    _check_members(spec)
     if spec.gauge not in GAUGES:
         raise UsageError("unknown gauge", where=spec.format, expected=GAUGES, found=spec.gauge)
     allowed = JointTree.clamp(spec).ranks

@@ -10,10 +10,12 @@ multilinear SVD of De Lathauwer, De Moor and Vandewalle (SIAM J. Matrix Anal. Ap
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from qll.errors import NonFiniteError
+from qll.tn.gauge import row_order
 
 
 def exact(tensor: Float[Tensor, "..."]) -> Float64[Tensor, "..."]:
@@ -45,9 +47,7 @@ def multiply(
     return torch.tensordot(tensor, matrix, dims=([leg], [1])).movedim(-1, leg)
 
 
-def leading_basis(
-    matrix: Float64[Tensor, "size rest"], rank: int
-) -> Float64[Tensor, "size rank"]:
+def leading_basis(matrix: Float64[Tensor, "size rest"], rank: int) -> Float64[Tensor, "size rank"]:
     """Orthonormal basis of the `rank` leading left singular vectors (an optimal subspace).
 
     From the Gram matrix of the smaller side: three to ten times faster than an SVD. The directions
@@ -65,3 +65,59 @@ def leading_basis(
         return torch.linalg.eigh(matrix @ matrix.mT).eigenvectors[:, size - rank :].flip(1)
     vectors = torch.linalg.eigh(matrix.mT @ matrix).eigenvectors[:, rest - rank :].flip(1)
     return torch.linalg.qr(matrix @ vectors).Q
+
+
+def lookup(
+    stored: Float[Tensor, "stored rank"],
+    pivots: Int[Tensor, " rank"] | None,
+    ids: Int[Tensor, "*b"],
+) -> Float[Tensor, "*b rank"]:
+    """Rows `ids` of a factor: of `stored` itself, or of P [I; stored] if it has `pivots`.
+
+    >>> lookup(torch.tensor([[5.0]]), torch.tensor([1]), torch.tensor([0, 1])).tolist()
+    [[5.0], [1.0]]
+    """
+    if pivots is None:
+        return stored[ids]
+    rest, rank = stored.shape
+    places = row_order(pivots, rest + rank)[ids]
+    identity = one_hot(places.clamp(max=rank - 1), rank).to(stored.dtype)
+    if rest == 0:
+        return identity
+    return torch.where((places < rank)[..., None], identity, stored[(places - rank).clamp(min=0)])
+
+
+def onto_bond(
+    x: Float[Tensor, "*b size"],
+    stored: Float[Tensor, "stored rank"],
+    pivots: Int[Tensor, " rank"] | None,
+) -> Float[Tensor, "*b rank"]:
+    """x F for a factor F [size, rank] stored as in `lookup`; P [I; C] is not written out.
+
+    >>> stored, pivots = torch.tensor([[5.0]]), torch.tensor([1])
+    >>> onto_bond(torch.tensor([1.0, 2.0]), stored, pivots).tolist()
+    [7.0]
+    """
+    if pivots is None:
+        return x @ stored
+    rank = len(pivots)
+    order = row_order(pivots, x.shape[-1])
+    gathered = torch.empty_like(x).index_copy(-1, order, x)
+    return gathered[..., :rank] + gathered[..., rank:] @ stored
+
+
+def onto_leg(
+    bond: Float[Tensor, "*b rank"],
+    stored: Float[Tensor, "stored rank"],
+    pivots: Int[Tensor, " rank"] | None,
+) -> Float[Tensor, "*b size"]:
+    """bond F^T for a factor F [size, rank] stored as in `lookup`.
+
+    >>> stored, pivots = torch.tensor([[5.0]]), torch.tensor([1])
+    >>> onto_leg(torch.tensor([2.0]), stored, pivots).tolist()
+    [10.0, 2.0]
+    """
+    if pivots is None:
+        return bond @ stored.mT
+    both = torch.cat([bond, bond @ stored.mT], -1)
+    return both.index_select(-1, row_order(pivots, both.shape[-1]))

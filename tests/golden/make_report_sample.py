@@ -64,11 +64,12 @@ class Maker:
         out, into = SHAPES[kind]
         dense = out * into
         structure = depth_curve(layer, STRUCTURE[kind]) + self.noise.gauss(0, 0.02)
-        share = min(1.0, max(0.35, 1.08 - 0.42 * structure + self.noise.gauss(0, 0.02)))
-        if share > 0.975:
+        share = max(0.35, 0.93 - 0.42 * structure + self.noise.gauss(0, 0.03))
+        if share > 0.93:
             return self.dense_row(name, (out, into))
-        rank = max(8, round((out + into - math.sqrt((out + into) ** 2 - 4 * share * dense)) / 2))
-        error = (1 - rank / min(out, into)) ** 1.4 * (0.62 - 0.25 * min(structure, 1.0))
+        half = (out + into) / 2  # rank r stores r (out + into) - r^2 numbers in this gauge
+        rank = max(8, round(half - math.sqrt(half**2 - share * dense)))
+        error = (1 - rank / min(out, into)) ** 1.2 * (0.62 - 0.25 * min(structure, 1.0))
         return {
             "name": name,
             "format": "lowrank",

@@ -1,0 +1,109 @@
+"""How transformers learns which matrices of a checkpoint are tensor networks.
+
+config.json holds, under "quantization_config", the method name "qll_tn", a format version and one
+network spec per entry; the key of an entry is its member path, or the paths of a group joined by
+"|". transformers turns that into a TNConfig and asks the TNQuantizer for the rest. The modules
+themselves are put in place by the model class (`LlamaTNForCausalLM`), so that a model built from a
+config alone has them too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.quantizers import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from qll.errors import ConfigError
+from qll.model.swap import Entries, rebuild_dense
+from qll.tn.network import NetworkSpec
+
+METHOD = "qll_tn"
+FORMAT_VERSION = 1
+MODEL_TYPE = "llama_tn"
+
+
+@register_quantization_config(METHOD)
+class TNConfig(QuantizationConfigMixin):
+    """The entries of a converted checkpoint as they stand in config.json.
+
+    >>> spec = NetworkSpec("lowrank", (6, 4), (2,))
+    >>> TNConfig.from_entries({("lm_head",): spec}).entries()[("lm_head",)] == spec
+    True
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, Mapping[str, Any]] | None = None,
+        format_version: int = FORMAT_VERSION,
+        quant_method: str = METHOD,
+    ) -> None:
+        """Raises ConfigError for a version of the format that this code does not know."""
+        if format_version != FORMAT_VERSION:
+            raise ConfigError(
+                "converted checkpoint of another format version",
+                where="config.json",
+                expected=FORMAT_VERSION,
+                found=format_version,
+                hint="install the version of quantum-llama-lens that wrote it",
+            )
+        self.quant_method = quant_method
+        self.format_version = format_version
+        self.modules = {key: dict(spec) for key, spec in (modules or {}).items()}
+
+    @classmethod
+    def from_entries(cls, entries: Entries) -> TNConfig:
+        """The config of `entries`."""
+        return cls({"|".join(members): spec.to_json() for members, spec in entries.items()})
+
+    def entries(self) -> dict[tuple[str, ...], NetworkSpec]:
+        """The entries by their members; raises ConfigError for a spec that cannot be read."""
+        found = {}
+        for key, value in self.modules.items():
+            try:
+                found[tuple(key.split("|"))] = NetworkSpec.from_json(value)
+            except (KeyError, TypeError, AttributeError) as error:
+                raise ConfigError(
+                    "network spec cannot be read",
+                    where=f"config.json: {key}",
+                    found=repr(error),
+                    hint="copy the folder again",
+                ) from None
+        return found
+
+
+@register_quantizer(METHOD)
+class TNQuantizer(HfQuantizer):
+    """Loads, saves and dequantises; conversion itself is the work of `qll convert`."""
+
+    # refuses TNConfig on a dense checkpoint: there is no conversion on the fly
+    requires_calibration = True
+
+    def is_serializable(self) -> bool:
+        """True: the cores are ordinary tensors."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """True: the cores are ordinary parameters."""
+        return True
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        """Refuse a stock class: it would invent every converted matrix and only warn."""
+        if type(model).config_class.model_type != MODEL_TYPE:
+            raise ConfigError(
+                "a converted checkpoint cannot be opened as this class",
+                expected="LlamaTNForCausalLM",
+                found=type(model).__name__,
+                hint="use AutoModelForCausalLM.from_pretrained",
+            )
+
+    def _dequantize(
+        self, model: PreTrainedModel, dtype: torch.dtype | None = None
+    ) -> PreTrainedModel:
+        rebuild_dense(model, dtype or model.dtype)
+        return model

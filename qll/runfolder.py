@@ -1,0 +1,184 @@
+"""One output folder: whose it is, what it cost, what was warned about.
+
+run.json says which settings and source the folder belongs to; events.jsonl gets one line per matrix,
+stage and warning, so that a resumed run knows what the earlier attempts took.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qll import store
+from qll.config import MainConfig, to_json
+from qll.errors import ForeignRunError
+from qll.load import Source
+
+PACKAGES = ("torch", "transformers", "safetensors", "gguf", "numpy", "scipy", "opt_einsum")
+# settings that do not change what a run computes
+UNBINDING = ("out", "dry_run")
+
+
+@dataclass
+class Run:
+    """One output folder: its settings, its inputs once opened, and what was warned about."""
+
+    config: MainConfig
+    source: Source
+    tokenizer: Any
+    device: torch.device
+    seconds: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def out(self) -> Path:
+        """The output folder."""
+        return self.config.out
+
+    @property
+    def work(self) -> Path:
+        """Intermediate files, deleted when the run is complete."""
+        return self.config.out / "work"
+
+    @property
+    def model(self) -> Path:
+        """The converted checkpoint."""
+        return self.config.out / "model"
+
+    @property
+    def events(self) -> Path:
+        """One JSON line per thing that happened."""
+        return self.config.out / "events.jsonl"
+
+
+def claim(state: Run) -> None:
+    """Write run.json, or check that the one there is of the same settings and source."""
+    path = state.out / "run.json"
+    resolved = {**to_json(state.config), "fingerprint": state.source.fingerprint}
+    for key in ("out", "dry_run"):
+        resolved.pop(key)
+    if path.exists():
+        before = store.read_json(path)["settings"]
+        if differing := [
+            key for key in _flat(resolved) if _flat(before).get(key) != _flat(resolved)[key]
+        ]:
+            raise ForeignRunError(
+                "the folder belongs to another run",
+                where=state.out,
+                expected=", ".join(f"{key}={_flat(before).get(key)}" for key in differing),
+                found=", ".join(f"{key}={_flat(resolved)[key]}" for key in differing),
+                hint="choose another --out, or delete the folder to start over",
+            )
+        store.clean(state.out)
+        return
+    if any(state.out.glob("*.json")) or state.model.exists():
+        raise ForeignRunError(
+            "the folder holds files of something else",
+            where=state.out,
+            hint="choose an --out that does not exist yet",
+        )
+    store.write_json(path, {"settings": resolved, **environment()})
+
+
+def is_done(config: MainConfig, until: str) -> bool:
+    """Whether an earlier run with these very settings has finished."""
+    path, report = config.out / "run.json", config.out / "report.json"
+    if until != "report" or not (path.exists() and report.exists()):
+        return False
+    before = dict(store.read_json(path)["settings"])
+    before.pop("fingerprint")
+    wanted = to_json(config)
+    for key in ("out", "dry_run"):
+        wanted.pop(key)
+    return before == wanted
+
+
+def timed(state: Run, stage: str, function, *arguments):
+    """Call a stage and add its seconds, over all attempts, to the events and to the report."""
+    print(f"[{stage}]", file=sys.stderr)
+    started = time.monotonic()
+    result = function(state, *arguments)
+    seconds = time.monotonic() - started
+    state.seconds[stage] = seconds
+    store.append_line(state.events, {"event": "stage", "stage": stage, "seconds": seconds})
+    return result
+
+
+def total_seconds(state: Run) -> dict[str, float]:
+    """Seconds per stage summed over this run and the runs it resumed."""
+    total: dict[str, float] = {}
+    for line in store.read_lines(state.events):
+        if line.get("event") == "stage":
+            total[line["stage"]] = total.get(line["stage"], 0.0) + line["seconds"]
+    return {stage: round(seconds, 2) for stage, seconds in total.items()}
+
+
+def recording(state: Run) -> Iterator[None]:
+    """Collect every warning of the rooms into the events and the report."""
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            message = record.getMessage()
+            if message not in state.warnings:
+                state.warnings.append(message)
+                store.append_line(state.events, {"event": "warning", "message": message})
+
+    earlier = [
+        line["message"] for line in store.read_lines(state.events) if line.get("event") == "warning"
+    ]
+    state.warnings.extend(dict.fromkeys(earlier))
+    handler, root = Collector(level=logging.WARNING), logging.getLogger("qll")
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+
+
+def environment() -> dict[str, Any]:
+    """What a number depends on besides the settings: versions, threads, commit, command."""
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "git": _git_commit(),
+    }
+
+
+def _flat(value: dict[str, Any]) -> dict[str, Any]:
+    """Nested settings under dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, dict):
+            flat |= {f"{key}.{inner}": value for inner, value in _flat(item).items()}
+        else:
+            flat[key] = item
+    return flat
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return result.stdout.strip() or None

@@ -1,0 +1,201 @@
+"""The main job through the command line, on the tiny Llama: every format, resume, bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.e2e.conftest import QUICK, ROOT, run_qll
+
+FORMATS = ("lowrank", "mpo", "tucker", "tree", "kron", "joint_tree", "joint_tucker")
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_checkpoint, tmp_path_factory):
+    """A finished default run and what it printed."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    result = run_qll("--llama_dir", tiny_checkpoint, "--out", out, *QUICK)
+    assert result.returncode == 0, result.stderr
+    return out, result
+
+
+def test_main_job_leaves_what_it_promises(finished):
+    out, result = finished
+    names = {path.name for path in out.iterdir()}
+    promised = {"report.json", "report.html", "run.json", "events.jsonl", "plan.json", "model"}
+    assert promised <= names
+    assert "work" not in names
+    assert str(out / "report.html") in result.stdout
+    assert "Traceback" not in result.stderr
+
+
+def test_report_counts_are_those_of_the_files(finished):
+    out, _ = finished
+    report = json.loads((out / "report.json").read_text())
+    compression = report["compression"]
+    assert compression["keep"] <= 0.8
+    assert compression["keep"] > 0.75
+    assert compression["bytes"]["converted"] < compression["bytes"]["dense"]
+    stored = sum(path.stat().st_size for path in (out / "model").glob("*.safetensors"))
+    assert compression["bytes"]["converted"] == pytest.approx(stored, rel=0.2)
+    assert len(compression["per_matrix"]) == 2 * 7 + 2
+    assert len(report["quality"]["texts"]) == 2
+    for text in report["quality"]["texts"].values():
+        assert text["kl"] > 0
+        assert 0 <= text["top1_agreement"] <= 1
+        assert text["dense"]["ppl"] > 1
+    assert report["provenance"]["settings"]["seed"] == 0
+
+
+def test_second_run_says_it_is_done(finished, tiny_checkpoint):
+    out, _ = finished
+    before = (out / "report.json").stat().st_mtime_ns
+    result = run_qll("--llama_dir", tiny_checkpoint, "--out", out, *QUICK)
+    assert result.returncode == 0
+    assert "nothing to do" in result.stderr
+    assert (out / "report.json").stat().st_mtime_ns == before
+
+
+def test_other_settings_do_not_touch_the_run(finished, tiny_checkpoint):
+    out, _ = finished
+    result = run_qll("--llama_dir", tiny_checkpoint, "--out", out, "--keep", "0.5", *QUICK)
+    assert result.returncode == 2
+    assert "belongs to another run" in result.stderr
+    assert "convert.keep=0.8" in result.stderr
+
+
+def test_verify_generate_eval_export_report(finished, tiny_checkpoint, tmp_path):
+    out, _ = finished
+    model = out / "model"
+    assert "match the manifest" in run_qll("verify", "--model", model).stdout
+    words = ("--prompt", "The for statement", "--max_new_tokens", "8")
+    written = run_qll("generate", "--model", model, *words)
+    assert written.returncode == 0, written.stderr
+    assert written.stdout.strip()
+    scored = run_qll("eval", "--model", model, "--llama_dir", tiny_checkpoint, *QUICK[2:])
+    assert scored.returncode == 0, scored.stderr
+    report = json.loads((out / "report.json").read_text())
+    of_report = report["quality"]["texts"]["python_topics_evaluation"]
+    assert json.loads(scored.stdout)["kl"] == pytest.approx(of_report["kl"], rel=1e-4)
+    dense = run_qll("export", "--model", model, "--out", tmp_path / "dense")
+    assert dense.returncode == 0, dense.stderr
+    assert (tmp_path / "dense" / "config.json").is_file()
+    assert str(out / "report.html") in run_qll("report", "--run", out).stdout
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_format_runs_to_the_end(format, tiny_checkpoint, tmp_path):
+    out = tmp_path / "out"
+    flags = ("--format", format, "--keep", "0.7", "--keep_embeddings", "0.8", "--norms", "fold")
+    result = run_qll("--llama_dir", tiny_checkpoint, "--out", out, *flags, *QUICK)
+    assert result.returncode == 0, result.stderr
+    report = json.loads((out / "report.json").read_text())
+    assert report["compression"]["keep"] <= 0.7
+    used = {row["format"] for row in report["compression"]["per_matrix"]}
+    assert format in used
+    assert "dense" not in used
+
+
+@pytest.mark.parametrize("format", ["auto", "lowrank", "mpo"])
+def test_keep_one_reproduces_the_dense_logits(format, tiny_checkpoint, tmp_path):
+    import torch
+
+    import qll
+
+    out = tmp_path / "out"
+    flags = ("--format", format, "--keep", "1.0")
+    result = run_qll("convert", "--llama_dir", tiny_checkpoint, "--out", out, *flags, *QUICK)
+    assert result.returncode == 0, result.stderr
+    from transformers import LlamaForCausalLM
+
+    ids = torch.arange(40)[None] % 512
+    dense = LlamaForCausalLM.from_pretrained(tiny_checkpoint).eval()
+    converted = qll.load(out / "model")
+    with torch.no_grad():
+        difference = (dense(ids).logits - converted(ids).logits).abs().max()
+    assert float(difference) < 1e-4
+
+
+def test_plan_can_be_edited_and_passed_back(tiny_checkpoint, tmp_path):
+    out = tmp_path / "out"
+    flags = ("--llama_dir", tiny_checkpoint, "--out", out, "--format", "lowrank", *QUICK)
+    assert run_qll("plan", *flags).returncode == 0
+    plan = json.loads((out / "plan.json").read_text())
+    plan["entries"][0]["spec"]["ranks"] = [3]
+    (out / "plan.json").write_text(json.dumps(plan))
+    assert run_qll("convert", *flags).returncode == 0
+    config = json.loads((out / "model" / "config.json").read_text())
+    first = plan["entries"][0]["members"][0]
+    assert config["quantization_config"]["modules"][first]["ranks"] == [3]
+
+
+def test_dry_run_writes_nothing(tiny_checkpoint, tmp_path):
+    out = tmp_path / "out"
+    result = run_qll("--llama_dir", tiny_checkpoint, "--out", out, "--dry_run", *QUICK)
+    assert result.returncode == 0, result.stderr
+    assert "parameters" in result.stdout
+    assert not out.exists()
+
+
+@pytest.mark.slow
+def test_killed_at_any_point_it_resumes_to_the_same_bytes(tiny_checkpoint, tmp_path):
+    flags = ["--llama_dir", str(tiny_checkpoint), *QUICK]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    started = time.monotonic()
+    assert run_qll("convert", *flags, "--out", whole).returncode == 0
+    span = time.monotonic() - started
+    for share in (0.55, 0.7, 0.8, 0.9, 0.97):
+        command = [sys.executable, str(ROOT / "main.py"), "convert", *flags, "--out", str(killed)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        try:
+            process.communicate(timeout=span * share)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+    assert run_qll("convert", *flags, "--out", killed).returncode == 0
+    assert tree_bytes(whole / "model") == tree_bytes(killed / "model")
+    assert not list(killed.rglob("*.qll-tmp*"))
+
+
+def test_interrupt_is_resumable(tiny_checkpoint, tmp_path):
+    flags = ["convert", "--llama_dir", str(tiny_checkpoint), *QUICK, "--out", str(tmp_path / "o")]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "main.py"), *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while process.poll() is None and not (tmp_path / "o" / "run.json").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, messages = process.communicate(timeout=60)
+    assert process.returncode == 4, messages
+    assert "resume" in messages
+    assert run_qll(*flags).returncode == 0
+
+
+def test_a_copied_model_with_one_flipped_bit_is_refused(finished, tmp_path):
+    out, _ = finished
+    copy = shutil.copytree(out / "model", tmp_path / "model")
+    shard = sorted(copy.glob("*.safetensors"))[0]
+    data = bytearray(shard.read_bytes())
+    data[-5] ^= 1
+    shard.write_bytes(data)
+    result = run_qll("verify", "--model", copy)
+    assert result.returncode == 3
+    assert "has changed since it was written" in result.stderr
+
+
+def tree_bytes(folder):
+    """Name to content of every file below `folder`."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
