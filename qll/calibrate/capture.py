@@ -57,9 +57,18 @@ def collect(
     for windows of one token, ForeignRunError when `folder` holds another job, NonFiniteError
     naming the block whose output is NaN or infinite, OutputError and DiskFullError.
 
-    >>> store = collect(source, windows, Path("moments"), gradients=True)  # doctest: +SKIP
-    >>> store.block(0)["model.layers.0.mlp.down_proj"].grad.shape  # doctest: +SKIP
-    torch.Size([576, 576])
+    >>> import tempfile
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from qll.load import open_source
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> config = LlamaConfig(vocab_size=10, hidden_size=4, intermediate_size=6, num_hidden_layers=1,
+    ...                      num_attention_heads=2)
+    >>> LlamaForCausalLM(config).save_pretrained(folder / "tiny")
+    >>> windows = torch.arange(16).reshape(2, 8) % 10
+    >>> moments = collect(open_source(folder / "tiny"), windows, folder / "moments", gradients=True)
+    >>> linear = moments.block(0)["model.layers.0.mlp.down_proj"]
+    >>> linear.input.shape, linear.grad.shape, linear.tokens, linear.grad_tokens
+    (torch.Size([6, 6]), torch.Size([4, 4]), 16, 12)
     """
     if windows.shape[0] < 1 or windows.shape[1] < 2:
         raise TextError(

@@ -140,16 +140,19 @@ def _whiten_joint_tucker(
     """q, k, v and o^T share the model leg only: it carries the attention input's metric."""
     root = _root(metrics[0].right)
     if root is None:
-        return Whitened(matrices, spec, [None], [None])
+        return Whitened(matrices, spec, [None, None], [None])
     *readers, writer = matrices
     seen = [matrix @ root.root for matrix in readers] + [root.root.T @ writer]
-    return Whitened(seen, spec, [None], [root])
+    return Whitened(seen, spec, [None, None], [root])
 
 
 def _leg_roots(moment: Tensor | None, dims: Sequence[int]) -> list[Factor | None]:
     if moment is None:
         return [None] * len(dims)
-    return [factor(leg) for leg in leg_moments(moment, dims)]
+    parts = leg_moments(moment, dims)
+    # a split leg is small: its diagonal may as well be a matrix, which every format takes
+    whole = len(parts) == 1
+    return [factor(leg if whole or leg.ndim == 2 else torch.diag(leg)) for leg in parts]
 
 
 def _root(moment: Tensor | None) -> Factor | None:

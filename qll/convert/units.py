@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from transformers import LlamaConfig
 
+from qll.model import group_path
+from qll.tn import default_modes
 from qll.tn.network import NetworkSpec
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -45,7 +47,7 @@ class Unit:
     @property
     def name(self) -> str:
         """One file-name-safe word for the members."""
-        return "+".join([self.members[0], *(path.rsplit(".", 1)[1] for path in self.members[1:])])
+        return "+".join([self.members[0], *(path.rpartition(".")[2] for path in self.members[1:])])
 
 
 def linear_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
@@ -96,20 +98,6 @@ def head_unit(config: LlamaConfig) -> Unit:
     return Unit((HEAD,), ((config.vocab_size, config.hidden_size),))
 
 
-def group_path(members: Sequence[str]) -> str:
-    """Module path of the shared cores of a group: its parent and the name of the group.
-
-    >>> group_path(["model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"])
-    'model.layers.0.mlp.gate_up'
-    """
-    parent, _ = members[0].rsplit(".", 1)
-    names = tuple(path.rsplit(".", 1)[1] for path in members)
-    for group, (_, known) in GROUPS.items():
-        if known == names:
-            return f"{parent}.{group}"
-    raise ValueError(f"no group of {names}")
-
-
 def tensor_path(members: Sequence[str]) -> str:
     """Where the cores of an entry are stored: the matrix itself, or its group's module."""
     return members[0] if len(members) == 1 else group_path(members)
@@ -117,8 +105,6 @@ def tensor_path(members: Sequence[str]) -> str:
 
 def template(unit: Unit, format: str, gauge: str, sites: int, config: LlamaConfig) -> NetworkSpec:
     """The spec of `format` for `unit`, ranks still empty."""
-    from qll.tn import default_modes
-
     out, into = sum(shape[0] for shape in unit.shapes), unit.shapes[0][1]
     spec = NetworkSpec(format, (out, into), gauge=gauge)
     if format == "lowrank":

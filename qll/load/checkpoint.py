@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from qll.errors import ConfigError, MissingTensorError, NonFiniteError, ShapeError, UsageError
-from qll.load.files import digest_file
+from qll.load.files import digest_file, readable, shown
 from qll.load.names import expected_specs, file_rows
 
 if TYPE_CHECKING:
@@ -102,15 +102,16 @@ class Checkpoint:
         """
         stored = self.tensors.get(name)
         if stored is None:
-            raise MissingTensorError("no such tensor", where=self.path, found=name)
+            raise MissingTensorError("no such tensor", where=self.path, found=shown(name))
         start, stop = _bounds(rows, stored.spec.shape[0])
         order = file_rows(name, self.config) if self.row_order == "interleaved" else None
-        if order is None or stop == start:
-            tensor = stored.read(start, stop)
-        else:
-            wanted = order[start:stop]
-            first = int(wanted.min())
-            tensor = stored.read(first, int(wanted.max()) + 1)[wanted - first]
+        with readable(self.path):
+            if order is None or stop == start:
+                tensor = stored.read(start, stop)
+            else:
+                wanted = order[start:stop]
+                first = int(wanted.min())
+                tensor = stored.read(first, int(wanted.max()) + 1)[wanted - first]
         _require_finite(tensor, name, self.path)
         return tensor
 
@@ -168,7 +169,7 @@ def _require_expected(tensors: Mapping[str, Stored], config: LlamaConfig, where:
         raise MissingTensorError(
             f"{len(unexpected)} tensors are not part of a Llama with this config",
             where=where,
-            found=", ".join(name[:80] for name in unexpected[:3]),
+            found=", ".join(map(shown, unexpected[:3])),
             hint="the file holds another architecture, which would be computed wrongly",
         )
     for name, shape in expected.items():

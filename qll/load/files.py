@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +50,7 @@ def parse_object(data: bytes, where: Path, error: type[CheckpointError]) -> dict
     return value
 
 
-def inside(folder: Path, name: object) -> Path:
+def inside(folder: Path, name: str) -> Path:
     """The existing file `name` of `folder`, proven not to lie elsewhere.
 
     Raises UnsafeCheckpointError for an absolute path, `..`, or a link that leaves the folder
@@ -56,12 +59,12 @@ def inside(folder: Path, name: object) -> Path:
     >>> inside(Path("."), "pyproject.toml").name
     'pyproject.toml'
     """
-    if not isinstance(name, str) or not name or "\0" in name:
-        raise UnsafeCheckpointError("not a file name", where=folder, found=repr(name)[:200])
+    if not name or "\0" in name:
+        raise UnsafeCheckpointError("not a file name", where=folder, found=repr(shown(name, 200)))
     if Path(name).is_absolute() or ".." in Path(name).parts or "\\" in name:
         raise _escapes(folder, name)
     path = folder / name
-    root, target = folder.resolve(), path.resolve()
+    root, target = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
     roots = [root]
     if root.parent.name == "snapshots":
         roots.append(root.parent.parent / "blobs")
@@ -73,6 +76,29 @@ def inside(folder: Path, name: object) -> Path:
         )
     reject_pointer(path)
     return path
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn what the operating system says about files under `path` into a MissingFileError."""
+    try:
+        yield
+    except OSError as error:
+        raise MissingFileError(
+            "cannot be read",
+            where=error.filename or path,
+            found=error.strerror or str(error),
+            hint="check the file and its permissions",
+        ) from None
+
+
+def shown(name: object, limit: int = 80) -> str:
+    """A name from a file as it may be printed: no control characters, not endless.
+
+    >>> shown("a\x1b[31m")
+    'a\\x1b[31m'
+    """
+    return str(name)[:limit].encode("unicode_escape").decode()
 
 
 def reject_pointer(path: Path) -> None:
@@ -136,6 +162,6 @@ def _escapes(folder: Path, name: str) -> UnsafeCheckpointError:
     return UnsafeCheckpointError(
         "file name points outside its folder",
         where=folder,
-        found=repr(name)[:200],
+        found=repr(shown(name, 200)),
         hint="copy the file into the folder if you trust it",
     )

@@ -19,6 +19,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from qll.errors import CheckpointError, HeaderError, TruncatedFileError
+from qll.load.files import shown
 
 # Llama 3's header is 8 MB with 410 thousand strings; 405B has 1,137 tensors
 MAX_HEADER_BYTES, MAX_ELEMENTS, MAX_KEYS, MAX_TENSORS = 64 << 20, 1 << 22, 1 << 14, 1 << 16
@@ -80,7 +81,7 @@ def read_header(path: Path) -> GGUFHeader:
         for _ in range(key_count):
             key = reader.string(MAX_NAME_BYTES)
             if key in metadata:
-                raise HeaderError("metadata key is given twice", where=path, found=key[:80])
+                raise HeaderError("metadata key is given twice", where=path, found=shown(key))
             metadata[key] = reader.value(reader.number("<I"))
         infos = [_tensor_info(reader) for _ in range(tensor_count)]
         position = reader.position
@@ -189,15 +190,15 @@ def _tensor_info(reader: _Reader) -> tuple[str, tuple[int, ...], GGMLQuantizatio
     name = reader.string(MAX_NAME_BYTES)
     count = reader.number("<I")
     if not 1 <= count <= MAX_DIMS:
-        raise reader.lie(f"{name[:80]} has an impossible rank", f"1 to {MAX_DIMS}", count)
+        raise reader.lie(f"{shown(name)} has an impossible rank", f"1 to {MAX_DIMS}", count)
     dims = tuple(reader.number("<Q") for _ in range(count))
     if 0 in dims:
-        raise reader.lie(f"{name[:80]} is empty", "sizes above 0", dims)
+        raise reader.lie(f"{shown(name)} is empty", "sizes above 0", dims)
     kind = reader.number("<I")
     try:
         quantisation = GGMLQuantizationType(kind)
     except ValueError:
-        raise reader.lie(f"{name[:80]} has an unknown type", "a GGML type", kind) from None
+        raise reader.lie(f"{shown(name)} has an unknown type", "a GGML type", kind) from None
     return name, dims[::-1], quantisation, reader.number("<Q")
 
 
@@ -224,7 +225,7 @@ def _place(
     data_start = -(-header_end // alignment) * alignment
     tensors: dict[str, GGUFEntry] = {}
     for name, shape, kind, offset in infos:
-        where = f"{path}: {name[:80]}"
+        where = f"{path}: {shown(name)}"
         if name in tensors:
             raise HeaderError("tensor is given twice", where=where)
         if offset % alignment:
@@ -262,5 +263,5 @@ def _require_disjoint(tensors: dict[str, GGUFEntry], path: Path) -> None:
     position = 0
     for entry in sorted(tensors.values(), key=lambda entry: entry.offset):
         if entry.offset < position:
-            raise HeaderError("tensors overlap", where=f"{path}: {entry.name[:80]}")
+            raise HeaderError("tensors overlap", where=f"{path}: {shown(entry.name)}")
         position = entry.offset + entry.nbytes

@@ -12,7 +12,7 @@ from pathlib import Path
 from qll.errors import HeaderError, MissingFileError, MissingTensorError
 from qll.load.checkpoint import Checkpoint, drop_tied_head
 from qll.load.config import hf_config
-from qll.load.files import inside, read_object
+from qll.load.files import inside, read_object, shown
 from qll.load.meta import open_meta
 from qll.load.names import is_skipped
 from qll.load.safetensors import SafeTensor, read_safetensors
@@ -60,6 +60,8 @@ def _read_sharded(folder: Path) -> dict[str, SafeTensor]:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, Mapping) or not weight_map:
         raise HeaderError("index has no weight_map", where=folder / INDEX)
+    if not all(isinstance(name, str) for name in weight_map.values()):
+        raise HeaderError("weight_map holds something else than file names", where=folder / INDEX)
     files = {name: inside(folder, name) for name in dict.fromkeys(weight_map.values())}
     found: dict[str, SafeTensor] = {}
     for file_name, path in files.items():
@@ -68,14 +70,16 @@ def _read_sharded(folder: Path) -> dict[str, SafeTensor]:
                 raise MissingTensorError(
                     "tensor is not where the index says",
                     where=folder / INDEX,
-                    expected=f"{name} in {weight_map.get(name)}",
-                    found=file_name,
+                    expected=f"{shown(name)} in {shown(weight_map.get(name))}",
+                    found=shown(file_name),
                     hint="index and shards are of different downloads",
                 )
             found[name] = tensor
     if missing := sorted(set(weight_map) - set(found)):
         raise MissingTensorError(
-            "the index names tensors that no shard holds", where=folder / INDEX, found=missing[:3]
+            "the index names tensors that no shard holds",
+            where=folder / INDEX,
+            found=", ".join(map(shown, missing[:3])),
         )
     return found
 

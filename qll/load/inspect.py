@@ -24,17 +24,18 @@ from qll.load.source import Source
 WIRING = {
     "embed_tokens": ("token ids", "residual stream"),
     "input_layernorm": ("residual stream", "attention input"),
-    "q_proj": ("attention input", "queries: n_heads x d_head, then rotated"),
-    "k_proj": ("attention input", "keys: n_kv_heads x d_head, then rotated"),
-    "v_proj": ("attention input", "values: n_kv_heads x d_head"),
-    "o_proj": ("attention output: n_heads x d_head", "added to the residual stream"),
+    "q_proj": ("attention input", "queries, n_heads x d_head"),
+    "k_proj": ("attention input", "keys, n_kv_heads x d_head"),
+    "v_proj": ("attention input", "values, n_kv_heads x d_head"),
+    "o_proj": ("attention output", "residual stream (added)"),
     "post_attention_layernorm": ("residual stream", "MLP input"),
-    "gate_proj": ("MLP input", "gate: d_ff, through SiLU"),
-    "up_proj": ("MLP input", "up: d_ff, times gate"),
-    "down_proj": ("gate x up", "added to the residual stream"),
+    "gate_proj": ("MLP input", "gate, through SiLU"),
+    "up_proj": ("MLP input", "up, times gate"),
+    "down_proj": ("gate x up", "residual stream (added)"),
     "norm": ("residual stream", "head input"),
-    "lm_head": ("head input", "logits: d_vocab"),
+    "lm_head": ("head input", "logits"),
 }
+TIED_WIRING = ("token ids; head input", "residual stream; logits (tied)")
 PARTS = ("embedding", "attention", "mlp", "norms", "lm_head")
 
 
@@ -52,7 +53,7 @@ def describe(config: LlamaConfig, source: Source | None = None) -> dict[str, Any
     >>> facts["parameters"]["total"], facts["parameters"]["block_linears"], facts["bytes"]["total"]
     (324, 240, 648)
     """
-    sizes = _itemsizes(config, source)
+    dtypes = _dtypes(config, source)
     counts = {name: math.prod(shape) for name, shape in expected_specs(config).items()}
     blocks = {name: count for name, count in counts.items() if ".layers." in name}
     linears = sum(count for name, count in blocks.items() if name.endswith("_proj.weight"))
@@ -60,7 +61,7 @@ def describe(config: LlamaConfig, source: Source | None = None) -> dict[str, Any
     bytes_by_part = dict.fromkeys(PARTS, 0)
     for name, count in counts.items():
         by_part[_part(name)] += count
-        bytes_by_part[_part(name)] += count * sizes[name].itemsize
+        bytes_by_part[_part(name)] += count * dtypes[name].itemsize
     return {
         "name": source.name if source else None,
         "source_format": source.format if source else None,
@@ -75,7 +76,7 @@ def describe(config: LlamaConfig, source: Source | None = None) -> dict[str, Any
         },
         "bytes": {
             "dtype": ", ".join(
-                sorted({str(dtype).removeprefix("torch.") for dtype in sizes.values()})
+                sorted({str(dtype).removeprefix("torch.") for dtype in dtypes.values()})
             ),
             "total": sum(bytes_by_part.values()),
             **bytes_by_part,
@@ -121,7 +122,7 @@ def render(facts: dict[str, Any]) -> str:
     return "\n\n".join(tables)
 
 
-def _itemsizes(config: LlamaConfig, source: Source | None) -> dict[str, torch.dtype]:
+def _dtypes(config: LlamaConfig, source: Source | None) -> dict[str, torch.dtype]:
     if source is None:
         return dict.fromkeys(expected_specs(config), torch.bfloat16)
     return {name: spec.dtype for name, spec in source.specs().items()}
@@ -144,13 +145,15 @@ def _dimensions(config: LlamaConfig) -> dict[str, Any]:
 
 
 def _connectivity(config: LlamaConfig) -> list[dict[str, Any]]:
-    """One row per kind of tensor in model order; the blocks are alike and stand once."""
+    """One row per kind of tensor as data flows; the blocks are alike and stand once."""
     rows = []
     for name, shape in expected_specs(config).items():
         block = ".layers." in name
         if block and ".layers.0." not in name:
             continue
-        reads, writes = WIRING[name.split(".")[-2]]
+        kind = name.split(".")[-2]
+        tied = kind == "embed_tokens" and config.tie_word_embeddings
+        reads, writes = TIED_WIRING if tied else WIRING[kind]
         rows.append(
             {
                 "tensor": name.replace(".layers.0.", ".layers.{i}."),
@@ -161,7 +164,8 @@ def _connectivity(config: LlamaConfig) -> list[dict[str, Any]]:
                 "params": math.prod(shape),
             }
         )
-    return rows
+    order = list(WIRING)
+    return sorted(rows, key=lambda row: order.index(row["tensor"].split(".")[-2]))
 
 
 def _part(name: str) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qll.errors import HeaderError, MissingFileError, MissingTensorError
 from qll.load.checkpoint import Checkpoint, TensorSpec, drop_tied_head, same_rows
-from qll.load.files import inside, read_object
+from qll.load.files import inside, read_object, shown
 from qll.load.names import hf_name_of_meta, is_skipped
 from qll.load.params import meta_config
 from qll.load.pth import PthFile
@@ -73,7 +73,7 @@ class MetaTensor:
         if not all(torch.equal(first, other) for other in others):
             raise HeaderError(
                 "shards hold different copies of a tensor",
-                where=f"{self.shards[0].path.parent}: {self.name}",
+                where=f"{self.shards[0].path.parent}: {shown(self.name)}",
                 hint="the shards are of different models: download them again",
             )
         return first.clone()
@@ -137,7 +137,7 @@ def _common_names(shards: tuple[PthFile, ...], folder: Path) -> list[str]:
             raise MissingTensorError(
                 "shards disagree about their tensors",
                 where=shard.path,
-                found=f"{len(different)} differ, for instance {different[0]}",
+                found=f"{len(different)} differ, for instance {shown(different[0])}",
                 hint="the shards are of different models: download them again",
             )
     return list(first)

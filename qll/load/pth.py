@@ -13,6 +13,7 @@ import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,13 +27,14 @@ from qll.errors import (
     UnsafeCheckpointError,
 )
 from qll.load.checkpoint import TensorSpec
+from qll.load.files import shown
 
 # 405B's pickle is under 1 MB
 MAX_PICKLE_BYTES = MAX_DIRECTORY_BYTES = 16 << 20
 ZIP_MAGIC, PICKLE_MAGIC = b"PK\x03\x04", b"\x80"
 FOREIGN = ("GLOBAL", "REDUCE", "BUILD", "NEWOBJ", "blocked", "Trying to")
 END_RECORD, END_RECORD_64 = b"PK\x05\x06", b"PK\x06\x06"
-MAX_TOUCHED_BYTES = 256 << 20
+MAX_TOUCHED_BYTES = 64 << 20
 logger = logging.getLogger("qll.load")
 
 
@@ -53,7 +55,7 @@ class PthFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._is_zip = _is_zip(path)
-        self._tensors: Mapping[str, Tensor] | None = _load(path, self._is_zip)
+        self._tensors: Mapping[Any, Any] | None = _load(path, self._is_zip)
         self._touched = 0
         self.specs = {name: _spec(tensor, name, path) for name, tensor in self._tensors.items()}
         if not self._is_zip:
@@ -65,7 +67,7 @@ class PthFile:
             self._tensors = _load(self.path, self._is_zip)
         tensor = self._tensors.get(name)
         if tensor is None or _spec(tensor, name, self.path) != self.specs[name]:
-            raise HeaderError("file changed while being read", where=self.path, found=name)
+            raise HeaderError("file changed while being read", where=self.path, found=shown(name))
         part = tensor.detach()[start:stop]
         self._touched += part.nbytes
         # pages that were read count as this process's memory until the file is unmapped
@@ -91,7 +93,8 @@ def _is_zip(path: Path) -> bool:
     return magic == ZIP_MAGIC
 
 
-def _load(path: Path, mapped: bool) -> Mapping[str, Tensor]:
+def _load(path: Path, mapped: bool) -> Mapping[Any, Any]:
+    """What the file holds; nothing in it is known to be a tensor yet."""
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
@@ -100,7 +103,7 @@ def _load(path: Path, mapped: bool) -> Mapping[str, Tensor]:
         raise HeaderError(
             "not a readable PyTorch file",
             where=path,
-            found=f"{type(error).__name__}: {str(error)[:200]}",
+            found=f"{type(error).__name__}: {shown(error, 200)}",
             hint="the download is incomplete or the file damaged: fetch it again",
         ) from None
     if not isinstance(tensors, Mapping):
@@ -117,10 +120,10 @@ def _unpickling_error(path: Path, error: pickle.UnpicklingError) -> CheckpointEr
         return UnsafeCheckpointError(
             "pickle asks for more than tensors, so it was not run",
             where=path,
-            found=_reason(text),
+            found=shown(_reason(text), 200),
             hint="use a checkpoint from a source you trust, as safetensors if there is one",
         )
-    return HeaderError("not a readable PyTorch file", where=path, found=_reason(text))
+    return HeaderError("not a readable PyTorch file", where=path, found=shown(_reason(text), 200))
 
 
 def _reason(text: str) -> str:
@@ -130,7 +133,7 @@ def _reason(text: str) -> str:
 
 def _spec(tensor: object, name: object, path: Path) -> TensorSpec:
     """The spec of a tensor as the pickle built it, proven to be backed by bytes of the file."""
-    where = f"{path}: {str(name)[:80]}"
+    where = f"{path}: {shown(name)}"
     if not isinstance(name, str) or not isinstance(tensor, Tensor):
         raise MissingTensorError(
             "entry is not a named tensor", where=where, found=type(tensor).__name__
@@ -164,17 +167,19 @@ def _require_plain_zip(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except Exception as error:  # zipfile raises struct, value and unicode errors for bad bytes
-        raise HeaderError("zip directory is damaged", where=path, found=str(error)[:200]) from None
+        raise HeaderError("zip directory is damaged", where=path, found=shown(error, 200)) from None
     names = [entry.filename for entry in entries]
     pickles = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
     if len(pickles) != 1 or len(set(names)) != len(names):
-        raise HeaderError("zip is not one PyTorch archive", where=path, found=names[:3])
+        raise HeaderError(
+            "zip is not one PyTorch archive", where=path, found=", ".join(map(shown, names[:3]))
+        )
     if pickles[0].file_size > MAX_PICKLE_BYTES:
         raise HeaderError("pickle is too large", where=path, found=pickles[0].file_size)
     for entry in entries:
         stored = entry.compress_type == zipfile.ZIP_STORED
         if not stored or entry.file_size != entry.compress_size:
-            raise HeaderError("zip entry is compressed", where=path, found=entry.filename[:80])
+            raise HeaderError("zip entry is compressed", where=path, found=shown(entry.filename))
         if entry.header_offset + entry.file_size > size:
             raise TruncatedFileError("zip entry ends after the file", where=path)
 

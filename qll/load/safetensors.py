@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qll.errors import HeaderError, TruncatedFileError
 from qll.load.checkpoint import TensorSpec
-from qll.load.files import parse_object, read_tensor
+from qll.load.files import parse_object, read_tensor, shown
 
 # The library allows 100 MB; the longest real header (405B in one file) is under 0.3 MB
 MAX_HEADER_BYTES = 16 << 20
@@ -114,7 +114,7 @@ def _span(entry: Any, path: Path, name: str) -> tuple[int, int]:
             type(value) is int and 0 <= value < 1 << 63 for value in values
         )
 
-    where = f"{path}: {name}"
+    where = f"{path}: {shown(name)}"
     if not isinstance(entry, Mapping) or not {"dtype", "shape", "data_offsets"} <= set(entry):
         raise HeaderError("tensor entry lacks dtype, shape or data_offsets", where=where)
     shape, offsets, dtype = entry["shape"], entry["data_offsets"], entry["dtype"]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qll.errors import HeaderError, MissingFileError, UsageError
 from qll.load.checkpoint import TensorSpec
+from qll.load.files import readable
 from qll.load.gguf import open_gguf
 from qll.load.hf import open_hf
 from qll.load.meta import open_meta
@@ -88,16 +89,17 @@ def open_source(path: str | Path | None) -> Source:
     wrong; nothing but headers is read.
     """
     path = embedded_path() if path is None else Path(path).expanduser()
-    if path.is_file():
-        return _open_file(path.absolute())
-    if not path.is_dir():
-        raise MissingFileError(
-            "no such file or folder",
-            where=path,
-            expected="a checkpoint folder or a .gguf file",
-            hint="check the path",
-        )
-    return _open_folder(path.resolve())
+    with readable(path):
+        if path.is_file():
+            return _open_file(path.absolute())
+        if path.is_dir():
+            return _open_folder(path.resolve())
+    raise MissingFileError(
+        "no such file or folder",
+        where=path,
+        expected="a checkpoint folder or a .gguf file",
+        hint="check the path",
+    )
 
 
 def embedded_path() -> Path:

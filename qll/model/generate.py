@@ -96,7 +96,7 @@ class _Stop(StoppingCriteria):
     def __init__(self, event: threading.Event) -> None:
         self.event = event
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: Tensor | None, **_: object) -> Tensor:
         return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
 
 

@@ -5,5 +5,7 @@ terminal (`text_table`). Read view.py first: it says what the page shows and fro
 """
 
 from qll.report.build import build_report, check_report
+from qll.report.page import render
+from qll.report.text import text_table
 
-__all__ = ["build_report", "check_report"]
+__all__ = ["build_report", "check_report", "render", "text_table"]

@@ -8,6 +8,7 @@ name (embeddings, head) stands beside the map.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -40,7 +41,7 @@ CHANNEL = "channel"
 def view(report: Mapping[str, Any]) -> dict[str, Any]:
     """The context of the page, plain data. `report` has passed `check_report`."""
     matrices = matrix_rows(report)
-    pairs = _cost_pairs(report)
+    pairs = cost_pairs(report)
     return {
         "model": report["model"],
         "about": _about(report),
@@ -110,6 +111,39 @@ def matrix_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def cost_pairs(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What both models cost, as `pair`s; quantities that were not measured are left out."""
+    model, compression, cost = report["model"], report["compression"], report["cost"]
+    params = compression.get("params") or {
+        "dense": model["params"],
+        "converted": model["params"] * compression["params_ratio"],
+    }
+    decode, prefill = cost["decode_tokens_per_second"], cost["prefill_tokens_per_second"]
+    rows = [
+        ("parameters, whole model", "parameters", params, units.count),
+        (f"bytes in {compression['dtype']}", "bytes", compression.get("bytes"), units.size),
+        ("decode, tokens per second", "decode tokens/s", decode, units.rounded),
+        ("prefill, tokens per second", "prefill tokens/s", prefill, units.rounded),
+        ("FLOPs per decoded token", "", cost.get("flops_per_token"), units.count),
+    ]
+    return [
+        pair(label, values["dense"], values["converted"], text) | {"short": short}
+        for label, short, values, text in rows
+        if values and not (values["dense"] is None and values["converted"] is None)
+    ]
+
+
+def format_counts(matrices: Iterable[Mapping[str, Any]]) -> str:
+    """How many matrices have which format, most frequent first.
+
+    >>> format_counts([{"format": "mpo"}, {"format": "dense"}, {"format": "mpo"}])
+    '2 mpo, 1 dense'
+    """
+    counts = Counter(matrix["format"] for matrix in matrices)
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{count} {name}" for name, count in ordered)
+
+
 def modes_text(modes: Any) -> str:
     """Modes of a format as one short text.
 
@@ -132,15 +166,12 @@ def _shape(matrix: Mapping[str, Any]) -> str:
 
 def _about(report: Mapping[str, Any]) -> list[str]:
     """The model in a few words each."""
-    model, formats = report["model"], {}
-    for matrix in report["compression"]["per_matrix"]:
-        formats[matrix["format"]] = formats.get(matrix["format"], 0) + 1
-    ordered = sorted(formats.items(), key=lambda item: (-item[1], item[0]))
+    model = report["model"]
     words = [f"{model['n_layers']} blocks", f"d_model {model['d_model']:,}"]
     if {"n_heads", "n_kv_heads"} <= {*model}:
         words.append(f"{model['n_heads']}:{model['n_kv_heads']} heads")
-    words.append(f"from {model['source_format']}, {model['row_order']} rows")
-    words.append(", ".join(f"{count} {name}" for name, count in ordered))
+    words.append(f"from {model['source_format']}; rows {model['row_order']}")
+    words.append(format_counts(report["compression"]["per_matrix"]))
     return [word for word in words if word]
 
 
@@ -190,27 +221,6 @@ def pair(label: str, dense: Number | None, converted: Number | None, text: Any) 
     return {"label": label, "bars": bars, "ratio": units.times(units.ratio(dense, converted))}
 
 
-def _cost_pairs(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    model, compression, cost = report["model"], report["compression"], report["cost"]
-    params = compression.get("params") or {
-        "dense": model["params"],
-        "converted": model["params"] * compression["params_ratio"],
-    }
-    decode, prefill = cost["decode_tokens_per_second"], cost["prefill_tokens_per_second"]
-    rows = [
-        ("parameters, whole model", "parameters", params, units.count),
-        (f"bytes in {compression['dtype']}", "bytes", compression.get("bytes"), units.size),
-        ("decode, tokens per second", "decode tokens/s", decode, units.rounded),
-        ("prefill, tokens per second", "prefill tokens/s", prefill, units.rounded),
-        ("FLOPs per decoded token", "", cost.get("flops_per_token"), units.count),
-    ]
-    return [
-        pair(label, values["dense"], values["converted"], text) | {"short": short}
-        for label, short, values, text in rows
-        if values and not (values["dense"] is None and values["converted"] is None)
-    ]
-
-
 def _stages(seconds: Mapping[str, float]) -> dict[str, Any]:
     total = sum(seconds.values())
     stages = [
@@ -249,7 +259,7 @@ def _metrics(matrices: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         known = [value for value in inside if value is not None]
         if not known:
             continue
-        low, high = min(known), max(known)
+        low, high = _domain(known)
         shade = {
             number: 0.5 if high == low else min(1.0, max(0.0, (value - low) / (high - low)))
             for number, value in values.items()
@@ -261,14 +271,21 @@ def _metrics(matrices: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "key": key,
                 "label": label,
                 "meaning": meaning,
-                "low": long(low),
-                "high": long(high),
+                "low": ("\u2264 " if min(known) < low else "") + long(low),
+                "high": ("\u2265 " if max(known) > high else "") + long(high),
                 "shade": [round(shade[n], 3) if n in shade else None for n in values],
                 "cell": ["" if v is None else text(v) for v in values.values()],
                 "text": [long(value) for value in values.values()],
         }  # fmt: skip
         metrics.append(entry)
     return metrics
+
+
+def _domain(values: list[Number]) -> tuple[Number, Number]:
+    """Ends of the colour scale: the outermost hundredths share a colour, so one outlier does not
+    make all other cells look alike."""
+    ordered, spare = sorted(values), len(values) // 100
+    return ordered[spare], ordered[-1 - spare]
 
 
 def _percent_cell(value: Number) -> str:

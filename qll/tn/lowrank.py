@@ -82,7 +82,7 @@ class LowRank:
     def transform_legs(
         self, out: Sequence[Tensor | None], into: Sequence[Tensor | None]
     ) -> LowRank:
-        """out[0] W into[0]; None leaves a side as it is. The gauge is kept.
+        """out[0] W into[0]; None leaves a side as it is, a vector is a diagonal. Keeps the gauge.
 
         >>> spec = NetworkSpec("lowrank", (2, 2), (1,))
         >>> ones = LowRank.decompose(torch.ones(2, 2), spec)
@@ -93,8 +93,8 @@ class LowRank:
         if len(out) != 1 or len(into) != 1:
             raise UsageError("a low-rank network has one leg a side", found=(len(out), len(into)))
         left, right = self.expand().cores
-        left = left if out[0] is None else out[0].to(left) @ left
-        right = right if into[0] is None else right @ into[0].to(right)
+        left = left if out[0] is None else _times(out[0].to(left), left)
+        right = right if into[0] is None else _times(_transposed(into[0].to(right)), right.mT).mT
         return self._same_gauge((left, right))
 
     def interpolate(self) -> LowRank:
@@ -155,7 +155,7 @@ class LowRank:
         """Singular values of W over the bond, from QR of the factors, never from W."""
         left, right = (core.detach().double() for core in self.expand().cores)
         small = torch.linalg.qr(left, mode="r").R @ torch.linalg.qr(right.mT, mode="r").R.mT
-        return singular_values(small)[: self.spec.ranks[0]]
+        return singular_values(small)
 
     def entropy(self, k: int = 0) -> float:
         """Von Neumann entropy of the bond, nats."""
@@ -198,3 +198,12 @@ class LowRank:
             return pivot_rows
         others = coefficients.index_select(0, (place - rank).clamp(min=0)) @ right
         return torch.where((place < rank)[:, None], pivot_rows, others)
+
+
+def _times(factor: Tensor, matrix: Tensor) -> Tensor:
+    """factor @ matrix; one dimension stands for a diagonal (of a vocabulary, say)."""
+    return factor[:, None] * matrix if factor.ndim == 1 else factor @ matrix
+
+
+def _transposed(factor: Tensor) -> Tensor:
+    return factor if factor.ndim == 1 else factor.mT

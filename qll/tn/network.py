@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -79,6 +79,7 @@ class TensorShapes:
         return sum(_product(shape) for shape in (*self.cores, *self.indices))
 
 
+@runtime_checkable
 class MatrixNetwork(Protocol):
     """A matrix W [out, in] written as a tensor network. Immutable; all verbs return new objects."""
 
@@ -106,7 +107,7 @@ class MatrixNetwork(Protocol):
     # -- from a matrix ---------------------------------------------------------------------------
     @classmethod
     def cut_spectra(cls, matrix: Tensor, spec: NetworkSpec) -> list[Tensor]:
-        """Singular values, descending, float64, of the unfolding at each bond (`spec.ranks` unused)."""
+        """Singular values of the unfolding at each bond, descending, float64; ranks unused."""
         ...
 
     @classmethod
@@ -118,7 +119,7 @@ class MatrixNetwork(Protocol):
     def transform_legs(
         self, out: Sequence[Tensor | None], into: Sequence[Tensor | None]
     ) -> MatrixNetwork:
-        """Multiply out leg k by out[k] ([m_k, m_k], left) and in leg k by into[k] (right); None = as is."""
+        """Multiply out leg k by out[k] (on the left), in leg k by into[k] (right); None: as is."""
         ...
 
     def interpolate(self) -> MatrixNetwork:

@@ -210,7 +210,8 @@ class Tree:
 
     def bond_spectrum(self, k: int) -> Float64[Tensor, "_"]:
         """Singular values over bond k: the sites below core k against the others."""
-        return singular_values(_cut(self._reduced()[0], _nodes(self._sites)[k]))
+        spectrum = singular_values(_cut(self._reduced()[0], _nodes(self._sites)[k]))
+        return spectrum[: self.spec.ranks[k]]
 
     def entropy(self, k: int) -> float:
         """Von Neumann entropy over bond k, in nats."""

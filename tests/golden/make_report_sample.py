@@ -114,7 +114,14 @@ class Maker:
         return [self.entropy(row, kind, layer, cut, *sizes) for cut, sizes in cuts.items()]
 
     def entropy(
-        self, row: dict[str, Any], kind: str, layer: int, cut: str, rows: int, columns: int, part: float
+        self,
+        row: dict[str, Any],
+        kind: str,
+        layer: int,
+        cut: str,
+        rows: int,
+        columns: int,
+        part: float,
     ) -> dict[str, Any]:
         """One entry of entropy.per_matrix."""
         baseline = random_nats(rows, columns)
@@ -209,7 +216,12 @@ def provenance() -> dict[str, Any]:
             "tokens": 16384,
         },
         "seeds": {"calibration": 0, "plan": 0},
-        "versions": {"qll": "0.1.0", "python": "3.11.2", "torch": "2.13.0", "transformers": "5.23.0"},
+        "versions": {
+            "qll": "0.1.0",
+            "python": "3.11.2",
+            "torch": "2.13.0",
+            "transformers": "5.23.0",
+        },
         "machine": {"processor": "x86_64", "cores": 2, "threads": 2, "device": "cpu"},
         "git": "3d17709",
         "finished": "2026-11-21T22:41:07+00:00",
@@ -235,7 +247,7 @@ def make() -> dict[str, Any]:
         model={
             "name": "SmolLM2-135M-Instruct",
             "source_format": "gguf",
-            "row_order": "interleaved",
+            "row_order": "half_split (stored as interleaved)",
             "params": params,
             "block_params": block_params,
             "d_model": 576,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from qll.calibrate.gram import PANEL, GramSum, unpack
 from qll.calibrate.probe import condition
 

@@ -12,9 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from qll.errors import ConfigError, IntegrityError, MissingFileError
+from qll.errors import CheckpointError, ConfigError, IntegrityError, MissingFileError
 from qll.model import LlamaTNForCausalLM, TNConfig, check_fingerprint, load, logits_fingerprint
 from qll.model.swap import TN_MODULES
+from qll.tn import JOINTS, NETWORKS
+from qll.tn.network import NetworkSpec
+from tests.conftest import make_tiny_llama
+from tests.unit.model.conftest import write_folder
 
 
 def logits(model, ids):
@@ -38,6 +42,32 @@ def test_auto_classes_open_it(small_folder, ids):
     torch.testing.assert_close(logits(model, ids), logits(load(small_folder), ids), atol=0, rtol=0)
     tokenizer = AutoTokenizer.from_pretrained(small_folder)
     assert tokenizer.decode(tokenizer("tensor")["input_ids"]) == "tensor"
+
+
+def test_every_format_in_one_model(tmp_path, ids):
+    """Each network format somewhere in a block, at full rank: the dense logits come back."""
+    model = make_tiny_llama(seed=6)
+    modes = {"out": (8, 16), "in": (8, 8)}
+    formats = {"mpo": modes, "kron": modes, "tree": modes, "tucker": {"stack": (4, 32, 64)}}
+    places = [f"model.layers.{i}.mlp.{name}_proj" for i in (0, 1) for name in ("gate", "up")]
+    entries = {
+        (path,): full_rank(NETWORKS[name], NetworkSpec(name, (128, 64), modes=formats[name]))
+        for path, name in zip(places, formats, strict=True)
+    }
+    attention = tuple(f"model.layers.0.self_attn.{name}_proj" for name in "qkvo")
+    heads = {"heads": (4, 2, 2, 4), "d_head": (16,), "d_model": (64,)}
+    shapes = ((64, 64), (32, 64), (32, 64), (64, 64))
+    spec = NetworkSpec("joint_tucker", (192, 64), modes=heads, members=shapes)
+    entries[attention] = full_rank(JOINTS["joint_tucker"], spec)
+    converted = load(write_folder(tmp_path / "formats", model, entries=entries))
+    assert {spec.format for spec in converted.config.entries.values()} == {*formats, "joint_tucker"}
+    torch.testing.assert_close(logits(converted, ids), logits(model, ids), atol=1e-5, rtol=0)
+    dense = converted.dequantize()
+    torch.testing.assert_close(logits(dense, ids), logits(model, ids), atol=1e-5, rtol=0)
+
+
+def full_rank(format, spec):
+    return spec.with_ranks(format.max_ranks(spec)).with_gauge("interpolative")
 
 
 def test_truncation_saves_parameters_and_the_gauge_saves_more(small_folder):
@@ -255,8 +285,6 @@ def no_spec(quantization):
     ],
 )
 def test_config_that_lies(small_folder, tmp_path, change, message):
-    from qll.errors import CheckpointError
-
     folder = rewritten(small_folder, tmp_path, change)
     with pytest.raises(CheckpointError, match=message):
         load(folder, verify=False)

@@ -103,7 +103,7 @@ def test_embedding_looks_up_rows_without_the_table(gauge, monkeypatch):
     table = TNEmbedding.from_network(network(lowrank((40, 10), 4, gauge)))
     ids = torch.tensor([[3, 39, 3], [0, 17, 8]])
     expected = table.weight[ids]
-    monkeypatch.setattr(NETWORKS["lowrank"], "to_matrix", None)
+    monkeypatch.setattr(NETWORKS["lowrank"], "to_matrix", lambda network: 1 / 0)
     torch.testing.assert_close(table(ids), expected)
 
 
@@ -116,14 +116,6 @@ def test_tied_head_owns_nothing():
     torch.testing.assert_close(head(x), x @ table.weight.T)
     both = copy.deepcopy(torch.nn.ModuleList([table, head]))
     assert both[1].embedding is both[0]
-
-
-@pytest.mark.parametrize("gauge", GAUGES)
-def test_compiles_without_breaks(gauge):
-    layer = TNLinear.from_network(network(lowrank((12, 10), 4, gauge)))
-    x = torch.randn(3, 10)
-    compiled = torch.compile(layer, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(x), layer(x))
 
 
 SHAPES = ((8, 10), (4, 10), (4, 10))
@@ -184,7 +176,7 @@ def test_same_input_in_two_training_steps():
     _, members = group_of()
     group = members[0].group
     x = torch.randn(3, 10)
-    optimiser = torch.optim.SGD(group.parameters(), lr=0.1)
+    optimiser = torch.optim.SGD(group.parameters(), lr=0.003)
     losses = []
     for _ in range(3):
         loss = sum(member(x).square().mean() for member in members)
@@ -215,21 +207,6 @@ def test_group_survives_copies_mid_pass():
         torch.testing.assert_close(twin(x, 1), members[1](x))
 
 
-# the joint tree remembers its layout, which the compiler is right to ignore
-@pytest.mark.filterwarnings("ignore:.*lru_cache.*")
-def test_group_compiles_without_breaks():
-    _, members = group_of()
-    block = torch.nn.ModuleList([members[0].group, *members])
-
-    def forward(x):
-        return tuple(member(x) for member in block[1:])
-
-    x = torch.randn(3, 10)
-    compiled = torch.compile(forward, fullgraph=True, backend="eager")
-    for found, expected in zip(compiled(x), forward(x), strict=True):
-        torch.testing.assert_close(found, expected)
-
-
 def test_group_names():
     attention = [f"model.layers.0.self_attn.{name}_proj" for name in "qkvo"]
     assert group_path(attention[:3]) == "model.layers.0.self_attn.qkv"
@@ -248,8 +225,6 @@ FORMATS = {
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_every_format_runs_in_a_linear(format):
-    if format not in NETWORKS:
-        pytest.skip("format not built yet")
     spec = NetworkSpec(format, (12, 12), **FORMATS[format])
     layer = TNLinear.from_network(network(NETWORKS[format].clamp(spec)))
     x = torch.randn(2, 3, 12)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 
@@ -37,6 +38,11 @@ def spec_of(name: str, ranks: tuple[int, ...]) -> NetworkSpec:
     return NetworkSpec("joint_tree", shape, ranks, members=members)
 
 
+@functools.cache  # networks are immutable
+def tree_of(name: str, ranks: tuple[int, ...], dtype: torch.dtype = torch.float64) -> JointTree:
+    return JointTree.decompose(matrices_of(name, dtype), spec_of(name, ranks))
+
+
 def dense(tree: JointTree) -> torch.Tensor:
     return torch.cat([tree.to_matrix(j) for j in range(tree.members)])
 
@@ -52,7 +58,7 @@ def test_full_ranks_are_exact_and_cost_what_the_dense_matrices_cost(name):
 
 @pytest.mark.parametrize(("name", "ranks"), CASES)
 def test_the_gauge_saves_the_square_of_every_bond_and_changes_nothing(name, ranks):
-    tree = JointTree.decompose(matrices_of(name), spec_of(name, ranks))
+    tree = tree_of(name, ranks)
     fixed = tree.interpolate()
     torch.testing.assert_close(dense(fixed), dense(tree), rtol=0, atol=1e-10)
     torch.testing.assert_close(dense(fixed.expand()), dense(tree), rtol=0, atol=1e-10)
@@ -106,7 +112,7 @@ def test_squared_error_is_the_sum_of_the_discarded_tails(name, ranks):
 
 def test_bond_spectra_are_those_of_the_dense_unfoldings():
     name, ranks = "tall", (8, 3, 7, 5)
-    tree = JointTree.decompose(matrices_of(name), spec_of(name, ranks))
+    tree = tree_of(name, ranks)
     for network in (tree, tree.interpolate()):
         matrices = [dense(tree), *(tree.to_matrix(j) for j in range(3))]
         for k, matrix in enumerate(matrices):
@@ -120,16 +126,17 @@ def test_bond_spectra_are_those_of_the_dense_unfoldings():
 
 
 @pytest.mark.parametrize(("name", "ranks"), CASES)
-@pytest.mark.parametrize("tokens", [1, 7, 64])
-def test_apply_is_the_matrix_with_and_without_the_shared_part(name, ranks, tokens):
-    tree = JointTree.decompose(matrices_of(name), spec_of(name, ranks))
-    x = torch.randn(tokens, SHAPES[name][0][1], dtype=torch.float64)
+def test_apply_is_the_matrix_with_and_without_the_shared_part(name, ranks):
+    tree = tree_of(name, ranks)
     for network in (tree, tree.interpolate()):
-        shared = network.project(x)
+        for tokens in (1, 7, 64):
+            x = torch.randn(tokens, SHAPES[name][0][1], dtype=torch.float64)
+            shared = network.project(x)
+            for member in range(3):
+                expected = x @ network.to_matrix(member).mT
+                torch.testing.assert_close(network.apply(x, member), expected)
+                torch.testing.assert_close(network.apply(x, member, shared=shared), expected)
         for member in range(3):
-            expected = x @ network.to_matrix(member).mT
-            torch.testing.assert_close(network.apply(x, member), expected)
-            torch.testing.assert_close(network.apply(x, member, shared=shared), expected)
             ids = torch.tensor([[0, 2], [1, 0]])
             torch.testing.assert_close(
                 network.rows(ids, member), network.to_matrix(member)[ids], rtol=0, atol=1e-12
@@ -138,7 +145,7 @@ def test_apply_is_the_matrix_with_and_without_the_shared_part(name, ranks, token
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_apply_in_storage_precision_has_gradients_everywhere(dtype):
-    tree = JointTree.decompose(matrices_of("tall", torch.float32), spec_of("tall", (8, 3, 7, 5)))
+    tree = tree_of("tall", (8, 3, 7, 5), torch.float32)
     fixed = tree.interpolate()
     cores = tuple(core.to(dtype).requires_grad_() for core in fixed.cores)
     network = JointTree(fixed.spec, cores, tuple(index.int() for index in fixed.indices))
@@ -155,7 +162,7 @@ def test_apply_in_storage_precision_has_gradients_everywhere(dtype):
 
 
 def test_transform_legs_multiplies_members_and_input():
-    tree = JointTree.decompose(matrices_of("tall"), spec_of("tall", (8, 3, 7, 5)))
+    tree = tree_of("tall", (8, 3, 7, 5))
     left, right = torch.randn(20, 20).double(), torch.randn(12, 12).double()
     for network in (tree, tree.interpolate()):
         moved = network.transform_legs(out=[left, None, None], into=[right])
@@ -171,7 +178,7 @@ def test_transform_legs_multiplies_members_and_input():
 def test_rounding_stays_within_its_tolerance(rtol, dtype, gauge):
     for name in SHAPES:
         full = JointTree.max_ranks(spec_of(name, ()))
-        tree = JointTree.decompose(matrices_of(name, dtype), spec_of(name, full))
+        tree = tree_of(name, full, dtype)
         tree = tree.interpolate() if gauge == "interpolative" else tree
         rounded = tree.round(rtol=rtol)
         assert rounded.spec.gauge == gauge
@@ -221,7 +228,7 @@ def test_clamp_is_a_fixed_point_that_respects_the_neighbours():
 
 
 def test_flops_count_every_stored_number_once_per_token():
-    tree = JointTree.decompose(matrices_of("tall"), spec_of("tall", (8, 3, 7, 5))).interpolate()
+    tree = tree_of("tall", (8, 3, 7, 5)).interpolate()
     assert tree.flops(10) == 2 * 10 * sum(math.prod(core.shape) for core in tree.cores)
 
 

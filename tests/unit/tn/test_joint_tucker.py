@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -32,6 +33,11 @@ def matrices_of(dtype=torch.float64, heads=HEADS) -> list[torch.Tensor]:
     ]
 
 
+@functools.cache  # networks are immutable
+def network_of(ranks=(6, 3, 8), dtype=torch.float64) -> JointTucker:
+    return JointTucker.decompose(matrices_of(dtype), spec_of(ranks))
+
+
 def stacked(matrices) -> torch.Tensor:
     heads = [m.mT if j == 3 else m for j, m in enumerate(matrices)]
     return torch.cat(heads).reshape(-1, D_HEAD, D_MODEL)
@@ -53,7 +59,7 @@ def test_full_ranks_are_exact_and_cost_what_the_dense_matrices_cost(heads):
 
 
 def test_the_fit_is_that_of_the_stack():
-    network = JointTucker.decompose(matrices_of(), spec_of())
+    network = network_of()
     stack = stacked(matrices_of())
     alone = NetworkSpec("tucker", (60, 14), (6, 3, 8), {"stack": (12, 5, 14)})
     expected = Tucker.decompose(stack.reshape(60, 14), alone).to_matrix()
@@ -62,7 +68,7 @@ def test_the_fit_is_that_of_the_stack():
 
 @pytest.mark.parametrize("ranks", RANKS)
 def test_the_gauge_saves_the_square_of_every_rank_and_changes_nothing(ranks):
-    network = JointTucker.decompose(matrices_of(), spec_of(ranks))
+    network = network_of(ranks)
     fixed = network.interpolate()
     torch.testing.assert_close(dense(fixed), dense(network), rtol=0, atol=1e-10)
     torch.testing.assert_close(dense(fixed.expand()), dense(network), rtol=0, atol=1e-10)
@@ -75,17 +81,17 @@ def test_the_gauge_saves_the_square_of_every_rank_and_changes_nothing(ranks):
 
 
 @pytest.mark.parametrize("ranks", RANKS)
-@pytest.mark.parametrize("tokens", [1, 7, 64])
-def test_apply_and_rows_are_those_of_each_matrix(ranks, tokens):
-    network = JointTucker.decompose(matrices_of(), spec_of(ranks))
+def test_apply_and_rows_are_those_of_each_matrix(ranks):
+    network = network_of(ranks)
     for stored in (network, network.interpolate()):
         for member, (out, into) in enumerate(stored.spec.members):
-            x = torch.randn(tokens, into, dtype=torch.float64)
-            expected = x @ stored.to_matrix(member).mT
-            torch.testing.assert_close(stored.apply(x, member), expected)
-            if stored.shares_input(member):
-                again = stored.apply(x, member, shared=stored.project(x))
-                torch.testing.assert_close(again, expected)
+            for tokens in (1, 7, 64):
+                x = torch.randn(tokens, into, dtype=torch.float64)
+                expected = x @ stored.to_matrix(member).mT
+                torch.testing.assert_close(stored.apply(x, member), expected)
+                if stored.shares_input(member):
+                    again = stored.apply(x, member, shared=stored.project(x))
+                    torch.testing.assert_close(again, expected)
             ids = torch.randint(out, (2, 3))
             torch.testing.assert_close(
                 stored.rows(ids, member), stored.to_matrix(member)[ids], rtol=0, atol=1e-11
@@ -93,13 +99,13 @@ def test_apply_and_rows_are_those_of_each_matrix(ranks, tokens):
 
 
 def test_only_the_output_matrix_reads_something_else():
-    network = JointTucker.decompose(matrices_of(), spec_of())
+    network = network_of()
     assert [network.shares_input(member) for member in range(4)] == [True, True, True, False]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_apply_in_storage_precision_has_gradients_everywhere(dtype):
-    network = JointTucker.decompose(matrices_of(torch.float32), spec_of()).interpolate()
+    network = network_of(dtype=torch.float32).interpolate()
     cores = tuple(core.to(dtype).requires_grad_() for core in network.cores)
     indices = tuple(index.int() for index in network.indices)
     stored = JointTucker(network.spec, cores, indices)
@@ -116,7 +122,7 @@ def test_apply_in_storage_precision_has_gradients_everywhere(dtype):
 
 
 def test_bond_spectra_are_those_of_the_stack():
-    network = JointTucker.decompose(matrices_of(), spec_of())
+    network = network_of()
     spectra = JointTucker.cut_spectra(matrices_of(), spec_of())
     for leg in range(3):
         for found, tensor in (
@@ -131,7 +137,7 @@ def test_bond_spectra_are_those_of_the_stack():
 
 
 def test_transform_legs_turns_the_model_leg_of_every_member():
-    network = JointTucker.decompose(matrices_of(), spec_of())
+    network = network_of()
     turn = torch.randn(14, 14, dtype=torch.float64)
     moved = network.transform_legs(out=[None, None], into=[turn])
     torch.testing.assert_close(moved.to_matrix(1), network.to_matrix(1) @ turn)
@@ -142,10 +148,10 @@ def test_transform_legs_turns_the_model_leg_of_every_member():
 
 @pytest.mark.parametrize("rtol", [1e-6, 0.2, 0.7])
 def test_rounding_stays_within_its_tolerance_and_finds_planted_ranks(rtol):
-    network = JointTucker.decompose(matrices_of(), spec_of(RANKS[0])).interpolate()
+    network = network_of(RANKS[0]).interpolate()
     error = (dense(network.round(rtol=rtol)) - dense(network)).norm()
     assert error <= (rtol + 1e-9) * dense(network).norm()
-    planted = JointTucker.decompose(matrices_of(), spec_of())
+    planted = network_of()
     assert planted.round(rtol=1e-7).spec == planted.spec
     assert planted.round(ranks=(2, 2, 2)).spec.ranks == (2, 2, 2)
 

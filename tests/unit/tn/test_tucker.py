@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from dataclasses import replace
@@ -35,18 +36,24 @@ def matrix_of(case, dtype=torch.float64, seed: int = 0) -> torch.Tensor:
     return torch.randn(case[1], generator=generator, dtype=torch.float64).to(dtype)
 
 
+@functools.cache  # networks are immutable
+def network_of(case, dtype=torch.float64, full: bool = False) -> Tucker:
+    spec = spec_of(case)
+    spec = spec.with_ranks(Tucker.max_ranks(spec)) if full else spec
+    return Tucker.decompose(matrix_of(case, dtype), spec)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_full_ranks_are_exact_and_cost_what_the_dense_matrix_costs(case):
-    spec = spec_of(case).with_ranks(Tucker.max_ranks(spec_of(case)))
     matrix = matrix_of(case)
-    network = Tucker.decompose(matrix, spec).interpolate()
+    network = network_of(case, full=True).interpolate()
     torch.testing.assert_close(network.to_matrix(), matrix, rtol=0, atol=1e-10)
     assert network.num_floats == matrix.numel()
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_gauge_saves_the_square_of_every_rank_and_changes_nothing(case):
-    network = Tucker.decompose(matrix_of(case), spec_of(case))
+    network = network_of(case)
     fixed = network.interpolate()
     torch.testing.assert_close(fixed.to_matrix(), network.to_matrix(), rtol=0, atol=1e-10)
     torch.testing.assert_close(fixed.expand().to_matrix(), network.to_matrix(), rtol=0, atol=1e-10)
@@ -83,7 +90,7 @@ def test_every_sweep_lowers_the_error_or_keeps_it(case):
 
 @pytest.mark.parametrize("case", [CASES[1], CASES[2], CASES[3]])
 def test_bond_spectra_are_those_of_the_dense_unfoldings(case):
-    network = Tucker.decompose(matrix_of(case), spec_of(case))
+    network = network_of(case)
     tensor = network.to_matrix().reshape(case[0])
     dense = Tucker.cut_spectra(network.to_matrix(), spec_of(case))
     for leg, rank in enumerate(case[2]):
@@ -99,25 +106,25 @@ def test_bond_spectra_are_those_of_the_dense_unfoldings(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("tokens", [1, 7, 64])
-def test_apply_and_rows_are_those_of_the_matrix(case, tokens):
-    network = Tucker.decompose(matrix_of(case), spec_of(case))
-    x = torch.randn(tokens, case[1][1], dtype=torch.float64)
+def test_apply_and_rows_are_those_of_the_matrix(case):
+    network = network_of(case)
+    inputs = [torch.randn(tokens, case[1][1], dtype=torch.float64) for tokens in (1, 7, 64)]
     ids = torch.randint(case[1][0], (2, 3))
     for member in (network, network.interpolate()):
-        torch.testing.assert_close(member.apply(x), x @ member.to_matrix().mT)
+        for x in inputs:
+            torch.testing.assert_close(member.apply(x), x @ member.to_matrix().mT)
         torch.testing.assert_close(member.rows(ids), member.to_matrix()[ids], rtol=0, atol=1e-12)
 
 
 def test_apply_keeps_leading_shapes():
-    network = Tucker.decompose(matrix_of(CASES[3]), spec_of(CASES[3]))
+    network = network_of(CASES[3])
     assert network.apply(torch.randn(2, 3, 18).double()).shape == (2, 3, 20)
     assert network.apply(torch.randn(18).double()).shape == (20,)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_apply_in_storage_precision_has_gradients_everywhere(dtype):
-    network = Tucker.decompose(matrix_of(CASES[3], torch.float32), spec_of(CASES[3])).interpolate()
+    network = network_of(CASES[3], torch.float32).interpolate()
     cores = tuple(core.to(dtype).requires_grad_() for core in network.cores)
     stored = Tucker(network.spec, cores, tuple(index.int() for index in network.indices))
     x = torch.randn(5, 18).to(dtype)
@@ -132,7 +139,7 @@ def test_apply_in_storage_precision_has_gradients_everywhere(dtype):
 
 def test_flops_follow_the_cheaper_order():
     case = CASES[1]
-    network = Tucker.decompose(matrix_of(case), spec_of(case)).interpolate()
+    network = network_of(case).interpolate()
     rows, columns = case[1]
     core = math.prod(case[2])
     # one token: input factor, core, then the two row factors, never the matrix
@@ -144,7 +151,7 @@ def test_flops_follow_the_cheaper_order():
 
 def test_transform_legs_multiplies_each_leg():
     case = CASES[3]
-    network = Tucker.decompose(matrix_of(case), spec_of(case))
+    network = network_of(case)
     sides = [torch.randn(size, size).double() for size in case[0]]
     rows, columns = torch.kron(sides[0], sides[1]), torch.kron(sides[2], sides[3])
     for member in (network, network.interpolate()):
@@ -159,8 +166,7 @@ def test_transform_legs_multiplies_each_leg():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_rounding_stays_within_its_tolerance(rtol, dtype):
     for case in (CASES[0], CASES[3], CASES[5]):
-        spec = spec_of(case).with_ranks(Tucker.max_ranks(spec_of(case)))
-        network = Tucker.decompose(matrix_of(case, dtype), spec).interpolate()
+        network = network_of(case, dtype, full=True).interpolate()
         rounded = network.round(rtol=rtol)
         error = (rounded.to_matrix() - network.to_matrix()).norm()
         assert error <= (rtol * (1 + 1e-6) + 1e-6) * network.to_matrix().norm()
@@ -170,7 +176,7 @@ def test_rounding_stays_within_its_tolerance(rtol, dtype):
 
 def test_rounding_finds_planted_ranks_and_never_raises_them():
     case = CASES[3]
-    planted = Tucker.decompose(matrix_of(case), spec_of(case))
+    planted = network_of(case)
     full = spec_of(case).with_ranks(Tucker.max_ranks(spec_of(case)))
     network = Tucker.decompose(planted.to_matrix(), full)
     assert network.round(rtol=1e-7).spec.ranks == case[2]
@@ -204,4 +210,4 @@ def test_other_matrices_and_aimless_rounding_are_refused():
     with pytest.raises(ShapeError, match="differs"):
         Tucker.decompose(torch.ones(10, 24), spec_of(CASES[1]))
     with pytest.raises(UsageError, match="tolerance or ranks"):
-        Tucker.decompose(matrix_of(CASES[1]), spec_of(CASES[1])).round()
+        network_of(CASES[1]).round()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from qll import store
 from qll.calibrate import MomentStore, collect, passes, streams
 from qll.errors import (
@@ -21,6 +22,15 @@ WINDOWS = torch.randint(0, 512, (2, 8), generator=torch.Generator().manual_seed(
 
 class Crash(Exception):
     """Stands for a kill."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Waiting for a second thread costs more than the tiny model does."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +102,7 @@ def test_same_bytes_after_a_crash_anywhere(
     assert number > 2
 
 
-def test_a_resumed_run_with_files_does_not_repeat_the_forward_pass(
-    source, tmp_path, monkeypatch
-):
+def test_a_resumed_run_with_files_does_not_repeat_the_forward_pass(source, tmp_path, monkeypatch):
     monkeypatch.setattr(streams, "MEMORY_LIMIT", 0)
     with monkeypatch.context() as patch:
         crash_at(patch, passes, "build_block", 4)  # two forward, one backward, then the crash
@@ -123,11 +131,9 @@ def test_a_lost_or_cut_file_is_measured_again(source, undisturbed, tmp_path, pla
 @pytest.mark.parametrize("other", ["windows", "gradients"])
 def test_folder_of_another_job_is_refused(source, tmp_path, other):
     collect(source, WINDOWS, tmp_path, gradients=False)
+    windows = WINDOWS.flip(0) if other == "windows" else WINDOWS
     with pytest.raises(ForeignRunError, match=other):
-        if other == "windows":
-            collect(source, WINDOWS.flip(0), tmp_path, gradients=False)
-        else:
-            collect(source, WINDOWS, tmp_path, gradients=True)
+        collect(source, windows, tmp_path, gradients=other == "gradients")
 
 
 class Poisoned:

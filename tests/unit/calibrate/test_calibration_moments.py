@@ -7,10 +7,20 @@ import weakref
 
 import pytest
 import torch
+
 from qll.calibrate import LINEARS, collect
 from qll.load import open_source
 
 WINDOWS, CONTEXT = 3, 24
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Waiting for a second thread costs more than the tiny model does."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
