@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -229,18 +228,18 @@ def evaluate(state: Run) -> dict[str, Any]:
     return results
 
 
-def look_inside(state: Run) -> list[dict[str, Any]]:
+def look_inside(state: Run) -> dict[str, Any]:
     """Entanglement entropies of every dense matrix and of the one it became."""
-    from qll.lens import model_entropies
+    from qll.lens import model_look
     from qll.model import load
 
     path = state.work / "entropy.json"
     if path.exists():
         return store.read_json(path)
     converted = load(state.model, device="cpu", dtype=torch.float32, verify=False)
-    entries = model_entropies(state.source, converted)
-    store.write_json(path, entries)
-    return entries
+    seen = model_look(state.source, converted)
+    store.write_json(path, seen)
+    return seen
 
 
 def report(
@@ -248,7 +247,7 @@ def report(
     plan: Plan,
     records: list[dict[str, Any]],
     results: dict[str, Any],
-    entropy: list[dict[str, Any]],
+    entropy: dict[str, Any],
 ) -> None:
     """report.html, then report.json, whose presence says that the run is complete."""
     from qll.report import build_report, compression_section, model_section, render
@@ -309,7 +308,6 @@ def needed_bytes(state: Run) -> int:
     return 2 * weights + 4 * share * config.num_hidden_layers + (1 << 24)
 
 
-@contextmanager
 def calibration_facts(state: Run) -> dict[str, Any]:
     text, texts = calibration_text(state.config), state.config.texts
     return {"name": text.name, "sha256": text.sha256, "tokens": texts.calib_tokens}

@@ -1,7 +1,7 @@
 """One output folder: whose it is, what it cost, what was warned about.
 
-run.json says which settings and source the folder belongs to; events.jsonl gets one line per matrix,
-stage and warning, so that a resumed run knows what the earlier attempts took.
+run.json says which settings and source the folder belongs to; events.jsonl gets one line per
+matrix, stage and warning, so that a resumed run knows what the earlier attempts took.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -123,6 +124,7 @@ def total_seconds(state: Run) -> dict[str, float]:
     return {stage: round(seconds, 2) for stage, seconds in total.items()}
 
 
+@contextmanager
 def recording(state: Run) -> Iterator[None]:
     """Collect every warning of the rooms into the events and the report."""
 

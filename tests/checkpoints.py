@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qll.load import Source
+
 META_OUTER = {
     "model.embed_tokens.weight": "tok_embeddings.weight",
     "model.norm.weight": "norm.weight",
@@ -48,6 +50,29 @@ GGUF_INNER = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }
+
+LLAMA_3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def assert_same(source: Source, model) -> None:
+    """Every tensor of `source`, whole and in slices, is the model's, bit for bit."""
+    state = weights(model)
+    assert set(source.specs()) == set(state)
+    for name, expected in state.items():
+        found = source.read(name)
+        assert found.dtype == source.specs()[name].dtype
+        assert tuple(found.shape) == source.specs()[name].shape
+        assert torch.equal(found, expected), name
+        rows = len(expected)
+        for piece in (slice(0, 1), slice(rows // 3, rows // 2 + 1), slice(rows - 1, None)):
+            assert torch.equal(source.read(name, rows=piece), expected[piece]), (name, piece)
 
 
 def weights(model) -> dict[str, Tensor]:

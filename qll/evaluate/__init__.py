@@ -1,6 +1,7 @@
 """Quality on a text, and cost: parameters, bytes, FLOPs, seconds, memory."""
 
 from qll.evaluate.cost import ParamCount, bytes_by_dtype, count_params, forward_flops
+from qll.evaluate.pair import cost_of_pair, quality_of_pair
 from qll.evaluate.perplexity import Score, compare, leak, score
 from qll.evaluate.speed import (
     decode_tokens_per_second,
@@ -14,6 +15,7 @@ __all__ = [
     "Score",
     "bytes_by_dtype",
     "compare",
+    "cost_of_pair",
     "count_params",
     "decode_tokens_per_second",
     "forward_flops",
@@ -21,5 +23,6 @@ __all__ = [
     "peak_device_bytes",
     "peak_rss_bytes",
     "prefill_tokens_per_second",
+    "quality_of_pair",
     "score",
 ]

@@ -136,6 +136,7 @@ def _chunks(models: list[PreTrainedModel], windows: Tensor) -> Iterator[_Chunk]:
             found=list(windows.shape),
             hint="give a longer text or more tokens",
         )
+    place = models[0].device
     step = max(1, LOGIT_BYTES // (4 * models[0].config.vocab_size))
     progress = tqdm(
         total=windows.numel(), desc="evaluate", unit="tok", file=sys.stderr, disable=None
@@ -151,7 +152,7 @@ def _chunks(models: list[PreTrainedModel], windows: Tensor) -> Iterator[_Chunk]:
                 stop = min(start + step, ids.shape[1] - 1)
                 yield _Chunk(
                     [
-                        model.lm_head(states[start:stop]).float().log_softmax(-1)
+                        model.lm_head(states[start:stop]).to(place).float().log_softmax(-1)
                         for model, states in zip(models, hidden, strict=True)
                     ],
                     ids[0, start + 1 : stop + 1],

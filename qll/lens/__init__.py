@@ -4,6 +4,7 @@ In: weight matrices (and, from a later issue, activations). Out: entries of repo
 `spectra.look` first.
 """
 
+from qll.lens.model import model_look
 from qll.lens.spectra import MatrixLook, look, matrix_entropies, random_spectrum, spectrum
 
-__all__ = ["MatrixLook", "look", "matrix_entropies", "random_spectrum", "spectrum"]
+__all__ = ["MatrixLook", "look", "matrix_entropies", "model_look", "random_spectrum", "spectrum"]

@@ -6,6 +6,14 @@ terminal (`text_table`). Read view.py first: it says what the page shows and fro
 
 from qll.report.build import build_report, check_report
 from qll.report.page import render
+from qll.report.sections import compression_section, model_section
 from qll.report.text import text_table
 
-__all__ = ["build_report", "check_report", "render", "text_table"]
+__all__ = [
+    "build_report",
+    "check_report",
+    "compression_section",
+    "model_section",
+    "render",
+    "text_table",
+]

@@ -100,8 +100,8 @@ def ratio(dense: Number | None, converted: Number | None) -> float | None:
 def times(value: Number | None) -> str:
     """A ratio with its sign of multiplication.
 
-    >>> times(1.6206)
-    '\\u00d71.621'
+    >>> times(1.6206)[1:]
+    '1.62'
     """
     return NONE if value is None else f"\u00d7{rounded(value)}"
 

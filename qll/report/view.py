@@ -68,8 +68,9 @@ def place(name: str) -> tuple[int | None, str]:
     >>> place("model.layers.12.self_attn.q_proj.weight"), place("lm_head")
     ((12, 'self_attn.q_proj'), (None, 'lm_head'))
     """
-    found = BLOCK.fullmatch(name.removesuffix(".weight"))
-    return (int(found[1]), found[2]) if found else (None, name)
+    path = name.removesuffix(".weight")
+    found = BLOCK.fullmatch(path)
+    return (int(found[1]), found[2]) if found else (None, path)
 
 
 def kind_order(kind: str) -> tuple[int, str]:
@@ -147,8 +148,8 @@ def format_counts(matrices: Iterable[Mapping[str, Any]]) -> str:
 def modes_text(modes: Any) -> str:
     """Modes of a format as one short text.
 
-    >>> modes_text({"out": [8, 8, 9], "in": [8, 12, 16]}), modes_text(None)
-    ('out 8\\u00d78\\u00d79, in 8\\u00d712\\u00d716', '-')
+    >>> modes_text({"heads": [9], "d_head": [64]}), modes_text(None)
+    ('heads 9, d_head 64', '-')
     """
     if isinstance(modes, Mapping):
         return ", ".join(f"{name} {modes_text(dims)}" for name, dims in modes.items()) or "-"

@@ -12,9 +12,8 @@ import torch
 from qll.errors import ConfigError, MissingTensorError, ShapeError, UsageError
 from qll.load import expected_specs, open_source
 from qll.load.gguf_header import read_header
-from tests.checkpoints import interleaved, weights, write_gguf
+from tests.checkpoints import LLAMA_3_ROPE, assert_same, interleaved, weights, write_gguf
 from tests.conftest import make_tiny_llama
-from tests.unit.load.test_meta import LLAMA_3_ROPE, assert_same
 
 Q, K = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.self_attn.k_proj.weight"
 

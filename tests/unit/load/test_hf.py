@@ -16,9 +16,8 @@ from qll.errors import ConfigError, MissingFileError, MissingTensorError, ShapeE
 from qll.load import Source, expected_specs, open_source
 from qll.load.config import hf_config
 from qll.load.safetensors import read_safetensors
-from tests.checkpoints import weights, write_hf_folder
+from tests.checkpoints import LLAMA_3_ROPE, assert_same, weights, write_hf_folder
 from tests.conftest import make_tiny_llama
-from tests.unit.load.test_meta import LLAMA_3_ROPE, assert_same
 
 V4 = {
     "model_type": "llama",

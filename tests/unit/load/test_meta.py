@@ -8,32 +8,16 @@ import pytest
 import torch
 
 from qll.errors import ConfigError, MissingFileError, MissingTensorError, ShapeError
-from qll.load import Source, open_source
-from tests.checkpoints import meta_weights, weights, write_hf_original, write_meta_folder
+from qll.load import open_source
+from tests.checkpoints import (
+    LLAMA_3_ROPE,
+    assert_same,
+    meta_weights,
+    weights,
+    write_hf_original,
+    write_meta_folder,
+)
 from tests.conftest import make_tiny_llama
-
-LLAMA_3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-
-
-def assert_same(source: Source, model) -> None:
-    """Every tensor of `source`, whole and in slices, is the model's, bit for bit."""
-    state = weights(model)
-    assert set(source.specs()) == set(state)
-    for name, expected in state.items():
-        found = source.read(name)
-        assert found.dtype == source.specs()[name].dtype
-        assert tuple(found.shape) == source.specs()[name].shape
-        assert torch.equal(found, expected), name
-        rows = len(expected)
-        for piece in (slice(0, 1), slice(rows // 3, rows // 2 + 1), slice(rows - 1, None)):
-            assert torch.equal(source.read(name, rows=piece), expected[piece]), (name, piece)
 
 
 @pytest.mark.parametrize("shards", [1, 2, 4, 8])

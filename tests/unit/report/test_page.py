@@ -73,6 +73,12 @@ def attack(report: dict, text: str) -> dict:
     return report
 
 
+@pytest.fixture(scope="module")
+def clean(sample_text) -> Reader:
+    """The page of the whole sample."""
+    return read(render(json.loads(sample_text)))
+
+
 def test_one_file_that_asks_for_nothing(small):
     html = render(small)
     reader = read(html)
@@ -84,18 +90,17 @@ def test_one_file_that_asks_for_nothing(small):
     assert not re.search(r"url\((?!#)", html)
 
 
-def test_only_our_script_may_run(small):
-    reader = read(render(small))
-    policy = next(a["content"] for _, a in reader.tags if a.get("http-equiv"))
-    (script,) = [text for attributes, text in reader.scripts if "type" not in attributes]
+def test_only_our_script_may_run(clean):
+    policy = next(a["content"] for _, a in clean.tags if a.get("http-equiv"))
+    (script,) = [text for attributes, text in clean.scripts if "type" not in attributes]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert f"script-src 'sha256-{digest}'" in policy
     assert policy.startswith("default-src 'none'")
-    assert not [a for _, a in reader.tags if any(name.startswith("on") for name in a)]
+    assert not [a for _, a in clean.tags if any(name.startswith("on") for name in a)]
 
 
-def test_the_page_holds_the_headline_numbers(sample):
-    text = " ".join(read(render(sample)).texts)
+def test_the_page_holds_the_headline_numbers(clean):
+    text = " ".join(clean.texts)
     for expected in ("SmolLM2-135M-Instruct", "15.46", "25.06", "\u00d71.62", "71.4 %", "3.413 GB",
                      "4 min 7 s", "model.layers.29.mlp.down_proj", "ridge 1e-06"):  # fmt: skip
         assert expected in text, expected
@@ -110,8 +115,7 @@ def test_data_for_the_script_is_the_table_of_the_report(small):
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
-def test_hostile_text_stays_text(small, text):
-    clean = read(render(small))
+def test_hostile_text_stays_text(clean, small, text):
     attacked = read(render(attack(small, text)))
     allowed = {tag for tag, _ in clean.tags}
     assert {tag for tag, _ in attacked.tags} <= allowed

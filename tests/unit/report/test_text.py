@@ -1,4 +1,4 @@
-"""The table in the terminal: columns that line up, no line over 100, nothing that moves a cursor."""
+"""The table in the terminal: aligned, at most 100 columns, nothing that moves a cursor."""
 
 from __future__ import annotations
 
