@@ -15,7 +15,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import sys
-from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -38,7 +37,7 @@ class _Watch(MetaPathFinder):
     def find_spec(
         self,
         fullname: str,
-        path: Sequence[str] | None,
+        path: Any,
         target: ModuleType | None = None,
     ) -> ModuleSpec | None:
         if fullname != WATCHED:

@@ -45,7 +45,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Perplexity and bits per byte of `model` on a text (or the path of one).
 
-    Returns {nll, tokens, ppl, bits_per_byte}; nll in nats summed over the scored tokens.
+    Returns {nll, tokens, ppl, bits_per_byte}; nll in nats per scored token.
     """
     read = text if isinstance(text, Text) else read_text(Path(text))
     windows, scored_bytes = encode(read, tokenizer, tokens, context)

@@ -4,9 +4,9 @@ Each child names one way a file, a flag or a disk can be wrong, so tests and cal
 apart. The class decides the exit code of the command line: 2 usage, 3 bad input or output,
 4 interrupted but resumable.
 
->>> print(ShapeError("tensor has the wrong shape", where="model.norm.weight",
-...                  expected=(576,), found=(575,), hint="the file and its config disagree"))
-model.norm.weight: tensor has the wrong shape (expected (576,), found (575,)); the file and its config disagree
+>>> print(ShapeError("wrong shape", where="model.norm.weight", expected=(576,), found=(575,),
+...                  hint="the file and its config disagree"))
+model.norm.weight: wrong shape (expected (576,), found (575,)); the file and its config disagree
 """
 
 from __future__ import annotations

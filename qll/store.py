@@ -137,10 +137,17 @@ def verify_manifest(folder: Path) -> dict[str, Any]:
 
 
 def append_line(path: Path, value: Mapping[str, Any]) -> None:
-    """Append `value` as one JSON line and fsync it: one event or journal entry."""
+    """Append `value` as one JSON line and fsync it: one event or journal entry.
+
+    A last line torn by a kill is closed first, so that it cannot swallow the new one.
+    """
+    line = json.dumps(value, allow_nan=False).encode() + b"\n"
     try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(value, allow_nan=False) + "\n")
+        with open(path, "a+b") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                line = line if file.read(1) == b"\n" else b"\n" + line
+            file.write(line)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:

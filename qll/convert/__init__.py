@@ -4,6 +4,7 @@ Input: a Source and its MomentStore. Output: a plan, and a folder of shards.
 `FORMATS` names what --format accepts; each is fitted by `fit` in the metric of its unit.
 """
 
+from qll.callable_room import callable_room
 from qll.convert.fit import fit
 from qll.convert.plan import Plan, PlanEntry, load_plan, make_plan, metrics_of, read_weights
 from qll.convert.write import assemble, convert_units, saved_dtype
@@ -24,3 +25,5 @@ __all__ = [
     "read_weights",
     "saved_dtype",
 ]
+
+callable_room(__name__, "qll.api", "convert")

@@ -89,7 +89,7 @@ def metric_of(moments: LinearMoments | None, kind: str) -> Metric:
         return Metric(kind, right=right)
     if moments.grad is None:
         raise ValueError("the K-FAC metric needs output gradients")
-    return Metric(kind, left=shrink(moments.grad / moments.tokens, SHRINK_GRAD), right=right)
+    return Metric(kind, left=shrink(moments.grad / moments.grad_tokens, SHRINK_GRAD), right=right)
 
 
 def shrink(moment: Float[Tensor, "n n"], share: float) -> Float[Tensor, "n n"]:

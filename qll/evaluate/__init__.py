@@ -1,5 +1,6 @@
 """Quality on a text, and cost: parameters, bytes, FLOPs, seconds, memory."""
 
+from qll.callable_room import callable_room
 from qll.evaluate.cost import ParamCount, bytes_by_dtype, count_params, forward_flops
 from qll.evaluate.pair import cost_of_pair, quality_of_pair
 from qll.evaluate.perplexity import Score, compare, leak, score
@@ -26,3 +27,5 @@ __all__ = [
     "quality_of_pair",
     "score",
 ]
+
+callable_room(__name__, "qll.api", "evaluate")

@@ -28,6 +28,7 @@ from qll.tn.modes import default_modes, paired_modes, split, unfold
 
 CHANNEL = "channel"
 SINGLE_FROM = 4096  # sides from here on are factored in float32: twice as fast, 1e-7 in entropy
+CHUNK = 1 << 23  # numbers of a matrix that are in float64 at a time: 64 MB
 QUADRATURE = 4097  # angles at which the Marchenko-Pastur distribution is summed: 1e-6 in sigma
 
 
@@ -164,10 +165,15 @@ def _singular_values(matrix: Tensor) -> Tensor:
     more than a dense one: an SVD would take five times as long.
     """
     wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    exact = wide.to("cpu", torch.float32 if wide.shape[0] >= SINGLE_FROM else torch.float64)
-    if not bool(torch.isfinite(exact).all()):
+    side = wide.shape[0]
+    kind = torch.float32 if side >= SINGLE_FROM else torch.float64
+    gram = torch.zeros(side, side, dtype=kind)
+    for part in wide.split(max(1, CHUNK // side), dim=1):  # an embedding never becomes float64
+        exact = part.to("cpu", kind)
+        gram.addmm_(exact, exact.T)
+    if not bool(torch.isfinite(gram).all()):
         raise NonFiniteError("NaN or infinity in a matrix", where="entropy", expected="finite")
-    squares = torch.linalg.eigvalsh(exact @ exact.T)
+    squares = torch.linalg.eigvalsh(gram)
     return squares.double().clamp(min=0).sqrt().flip(0)
 
 

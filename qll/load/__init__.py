@@ -3,10 +3,12 @@
 from importlib import import_module
 from typing import Any
 
+from qll.callable_room import callable_room
 from qll.load.checkpoint import TensorSpec
 from qll.load.names import expected_specs
 from qll.load.source import Source, open_source
 
+# Imported when first used: they need transformers, which takes seconds; opening a file does not
 _ELSEWHERE = {
     "open_tokenizer": "tokenizer",
     "Text": "text",
@@ -23,3 +25,6 @@ def __getattr__(name: str) -> Any:
     if name in _ELSEWHERE:
         return getattr(import_module(f"qll.load.{_ELSEWHERE[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+callable_room(__name__, "qll.model", "load")

@@ -133,8 +133,8 @@ def drop_tied_head(tensors: MutableMapping[str, Stored], where: Path) -> None:
 
 
 def same_rows(first: Stored, second: Stored, samples: int = 64) -> bool:
-    """Whether two stored tensors have equal shape, dtype and evenly spaced rows."""
-    if first.spec != second.spec:
+    """Whether two stored matrices have equal shape, dtype and evenly spaced rows."""
+    if first.spec != second.spec or len(first.spec.shape) != 2:
         return False
     rows = first.spec.shape[0]
     step = max(1, math.ceil(rows / samples))

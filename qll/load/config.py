@@ -15,7 +15,6 @@ qll.errors.ConfigError: config.json: rotary embedding of a type that is not impl
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,8 +127,8 @@ def check_rope(rope: Mapping[str, Any], where: Path) -> dict[str, Any]:
 def number(values: Mapping[str, Any], key: str, where: Path, high: float) -> float:
     """The positive finite number `values[key]`; raises ConfigError."""
     value = values.get(key)
-    good = isinstance(value, int | float) and not isinstance(value, bool)
-    if not good or not math.isfinite(value) or not 0 < value <= high:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value <= high:
         raise ConfigError(
             "number missing or out of range",
             where=where,

@@ -59,7 +59,7 @@ def inside(folder: Path, name: str) -> Path:
     >>> inside(Path("."), "pyproject.toml").name
     'pyproject.toml'
     """
-    if not name or "\0" in name:
+    if not name or not name.isprintable():
         raise UnsafeCheckpointError("not a file name", where=folder, found=repr(shown(name, 200)))
     if Path(name).is_absolute() or ".." in Path(name).parts or "\\" in name:
         raise _escapes(folder, name)
@@ -93,10 +93,10 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def shown(name: object, limit: int = 80) -> str:
-    """A name from a file as it may be printed: no control characters, not endless.
+    r"""A name from a file as it may be printed: no control characters, not endless.
 
-    >>> shown("a\x1b[31m")
-    'a\\x1b[31m'
+    >>> print(shown("red\x1b[31m"))
+    red\x1b[31m
     """
     return str(name)[:limit].encode("unicode_escape").decode()
 

@@ -25,7 +25,7 @@ from qll.load.checkpoint import Checkpoint, TensorSpec
 from qll.load.config import LLAMA_2_ROPE_THETA, MAX_LAYERS, llama_config, number, whole
 from qll.load.files import read_tensor, reject_pointer
 from qll.load.gguf_header import GGUFEntry, GGUFHeader, read_header
-from qll.load.names import hf_name_of_gguf, is_skipped
+from qll.load.names import by_hf_name, hf_name_of_gguf, is_skipped
 from qll.load.rope import scaled_rope
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ PLAIN = {
 # Rows dequantised at once: the package makes several temporaries of this size
 CHUNK_ELEMENTS = 1 << 22
 LLAMA_2_VOCAB = 32000
+KEY_LENGTH = "attention.key_length"
 logger = logging.getLogger("qll.load")
 
 
@@ -66,6 +67,10 @@ class GGUFTensor:
         offset = self.entry.offset + start * row_bytes
         if self.entry.kind in PLAIN:
             return read_tensor(self.path, offset, shape, PLAIN[self.entry.kind])
+        if len(self.entry.shape) == 1:
+            # blocks straddle the "rows" of a vector: it is one row
+            raw = read_tensor(self.path, self.entry.offset, (1, self.entry.nbytes), torch.uint8)
+            return self._dequantize(raw.numpy()).flatten()[start:stop]
         result = torch.empty(shape, dtype=torch.float32)
         step = max(1, CHUNK_ELEMENTS // math.prod(shape[1:]))
         for row in range(0, stop - start, step):
@@ -94,7 +99,7 @@ def open_gguf(path: Path) -> Checkpoint:
     reject_pointer(path)
     header = read_header(path)
     tensors = {
-        hf_name_of_gguf(name): GGUFTensor(path, entry)
+        name: GGUFTensor(path, entry)
         for name, entry in header.tensors.items()
         if not is_skipped(name)
     }
@@ -105,7 +110,7 @@ def open_gguf(path: Path) -> Checkpoint:
         row_order="interleaved",
         config=gguf_config(header, path),
         files=(path,),
-        tensors=tensors,
+        tensors=by_hf_name(tensors, hf_name_of_gguf),
     )
 
 
@@ -126,7 +131,7 @@ def gguf_config(header: GGUFHeader, path: Path) -> LlamaConfig:
         "num_hidden_layers": whole(prefixed, "block_count", path, MAX_LAYERS),
         "num_attention_heads": heads,
         "num_key_value_heads": prefixed.get("attention.head_count_kv", heads),
-        "head_dim": prefixed.get("attention.key_length", width // heads),
+        "head_dim": whole({KEY_LENGTH: width // heads, **prefixed}, KEY_LENGTH, path),
         "vocab_size": _vocab_size(header),
         "rms_norm_eps": _shortest(number(prefixed, "attention.layer_norm_rms_epsilon", path, 1.0)),
         "tie_word_embeddings": "output.weight" not in header.tensors,
@@ -168,7 +173,7 @@ def _vocab_size(header: GGUFHeader) -> Any:
 
 
 def _rope(
-    prefixed: Mapping[str, Any], header: GGUFHeader, path: Path, head_dim: Any, vocab: Any
+    prefixed: Mapping[str, Any], header: GGUFHeader, path: Path, head_dim: int, vocab: Any
 ) -> dict[str, Any]:
     """Rotary parameters from metadata and, for Llama 3.1 and later, from the table of factors."""
     if (turned := prefixed.get("rope.dimension_count", head_dim)) != head_dim:
@@ -192,9 +197,16 @@ def _rope(
         rope |= {"rope_type": "linear", "factor": factor}
     if (entry := header.tensors.get("rope_freqs.weight")) is None:
         return rope
-    factors = GGUFTensor(path, entry).read(0, entry.shape[0]).flatten()
     if kind != "none":
         raise ConfigError("two rotary scalings at once", where=path, found=f"{kind}, rope_freqs")
+    if entry.shape != (head_dim // 2,):
+        raise ConfigError(
+            "rotary factors do not fit the heads",
+            where=f"{path}: rope_freqs.weight",
+            expected=(head_dim // 2,),
+            found=entry.shape,
+        )
+    factors = GGUFTensor(path, entry).read(0, entry.shape[0]).double()
     return scaled_rope(factors, rope["rope_theta"], head_dim, path)
 
 

@@ -3,10 +3,10 @@
 Everything follows from the config, so a bare config.json of a model of any size is enough; a
 Source adds what only files know: the format, the order of the rows of q and k, and bytes on disk.
 
->>> from qll.load.source import open_source
->>> source = open_source(None)
->>> describe(source.config, source)["parameters"]["total"]
-134515008
+>>> llama_3_8b = LlamaConfig(vocab_size=128256, hidden_size=4096, intermediate_size=14336,
+...     num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8)
+>>> describe(llama_3_8b)["parameters"]["total"]
+8030261248
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ columns in Llama 2 and along its rows in Llama 3: its shape tells. The config is
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,16 +17,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from qll.errors import HeaderError, MissingFileError, MissingTensorError
+from qll.errors import HeaderError, MissingFileError, MissingTensorError, ShapeError
 from qll.load.checkpoint import Checkpoint, TensorSpec, drop_tied_head, same_rows
 from qll.load.files import inside, read_object, shown
-from qll.load.names import hf_name_of_meta, is_skipped
+from qll.load.names import by_hf_name, hf_name_of_meta, is_skipped
 from qll.load.params import meta_config
 from qll.load.pth import PthFile
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig
 
+logger = logging.getLogger("qll.load")
 SHARD = re.compile(r"consolidated\.(\d\d)\.pth")
 CUT_ROWS = ("wq", "wk", "wv", "w1", "w3", "output")
 CUT_COLUMNS = ("wo", "w2")
@@ -90,10 +92,11 @@ def open_meta(
     """
     params = {} if config else read_object(folder / "params.json")
     shards = tuple(PthFile(file) for file in _shard_files(folder))
-    names = _common_names(shards, folder)
+    names = _common_names(shards)
+    _require_possible_shapes(shards[0], names)
     width = config.hidden_size if config else params.get("dim")
     found = {name: MetaTensor(shards, name, _cut(name, shards, width)) for name in names}
-    tensors = {hf_name_of_meta(name): tensor for name, tensor in found.items()}
+    tensors = by_hf_name(found, hf_name_of_meta)
     if config is None:
         shapes = {name: tensor.spec.shape for name, tensor in tensors.items()}
         config = meta_config(params, folder / "params.json", shapes, tied=_is_tied(tensors))
@@ -125,8 +128,8 @@ def _shard_files(folder: Path) -> list[Path]:
     return [inside(folder, name) for name in wanted]
 
 
-def _common_names(shards: tuple[PthFile, ...], folder: Path) -> list[str]:
-    """Names that are not skipped, the same with the same shapes and dtypes in every shard."""
+def _common_names(shards: tuple[PthFile, ...]) -> list[str]:
+    """Names that are not skipped: the same, with the same specs, in every shard."""
     first = {name: spec for name, spec in shards[0].specs.items() if not is_skipped(name)}
     for shard in shards[1:]:
         specs = {name: spec for name, spec in shard.specs.items() if not is_skipped(name)}
@@ -143,16 +146,34 @@ def _common_names(shards: tuple[PthFile, ...], folder: Path) -> list[str]:
     return list(first)
 
 
+def _require_possible_shapes(shard: PthFile, names: list[str]) -> None:
+    """Raise ShapeError unless norms are vectors and all else matrices, so that parts can join."""
+    for name in filter(_is_known, names):
+        shape, rank = shard.specs[name].shape, 1 if name.endswith("norm.weight") else 2
+        if len(shape) != rank or 0 in shape:
+            raise ShapeError(
+                "tensor has an impossible shape",
+                where=f"{shard.path}: {shown(name)}",
+                expected=f"{rank} sizes above 0",
+                found=shape,
+            )
+
+
+def _is_known(name: str) -> bool:
+    return hf_name_of_meta(name) != name
+
+
 def _cut(name: str, shards: tuple[PthFile, ...], width: object) -> int | None:
     """The dimension along which `name` is cut."""
+    if not _is_known(name):
+        return None
     kind = name.removesuffix(".weight").rpartition(".")[2]
     if kind in CUT_COLUMNS:
         return 1
     if kind in CUT_ROWS:
         return 0
-    shape = shards[0].specs[name].shape
-    if name == EMBEDDING and len(shape) == 2:
-        return 0 if shape[1] == width else 1
+    if name == EMBEDDING:
+        return 0 if shards[0].specs[name].shape[1] == width else 1
     return None
 
 
@@ -160,7 +181,10 @@ def _is_tied(tensors: Mapping[str, MetaTensor]) -> bool:
     """params.json does not say: tied without a head, or when the head is the table (Llama 3.2)."""
     head = tensors.get("lm_head.weight")
     table = tensors.get("model.embed_tokens.weight")
-    return head is None or (table is not None and same_rows(head, table))
+    if head is None:
+        logger.warning("no output.weight in the Meta folder: taking the embeddings as tied")
+        return True
+    return table is not None and same_rows(head, table)
 
 
 def _require_all_shards(found: Mapping[str, MetaTensor], config: LlamaConfig, folder: Path) -> None:

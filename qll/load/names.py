@@ -13,14 +13,19 @@ halves (half split). The rest of every matrix is the same in all three.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from qll.errors import MissingTensorError
+
 if TYPE_CHECKING:
     from transformers import LlamaConfig
+
+T = TypeVar("T")
 
 # HF name -> (Meta name, GGUF name), without the block prefix and ".weight"
 OUTER = {
@@ -39,6 +44,8 @@ INNER = {
     "input_layernorm": ("attention_norm", "attn_norm"),
     "post_attention_layernorm": ("ffn_norm", "ffn_norm"),
 }
+# A layer number as it is written, so that no two names mean the same layer
+LAYER = "(0|[1-9][0-9]{0,5})"
 # Tables of rotary frequencies that files carry along; they follow from the config
 SKIPPED = re.compile(
     r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
@@ -89,12 +96,26 @@ def is_skipped(name: str) -> bool:
 
 def hf_name_of_meta(name: str) -> str:
     """HF name of a Meta tensor; a name not in the table is returned unchanged."""
-    return _translate(name, r"layers\.(\d+)\.(.+)\.weight", which=0)
+    return _translate(name, rf"layers\.{LAYER}\.(.+)\.weight", which=0)
 
 
 def hf_name_of_gguf(name: str) -> str:
     """HF name of a GGUF tensor; a name not in the table is returned unchanged."""
-    return _translate(name, r"blk\.(\d+)\.(.+)\.weight", which=1)
+    return _translate(name, rf"blk\.{LAYER}\.(.+)\.weight", which=1)
+
+
+def by_hf_name(tensors: Mapping[str, T], to_hf: Callable[[str], str]) -> dict[str, T]:
+    """`tensors` by HF name; raises MissingTensorError when two of them get the same.
+
+    >>> by_hf_name({"norm.weight": 1}, hf_name_of_meta)
+    {'model.norm.weight': 1}
+    """
+    result: dict[str, T] = {}
+    for name, tensor in tensors.items():
+        if (hf_name := to_hf(name)) in result:
+            raise MissingTensorError("tensor is there under two names", found=hf_name)
+        result[hf_name] = tensor
+    return result
 
 
 def meta_name(name: str) -> str:
@@ -142,7 +163,7 @@ def _translate(name: str, pattern: str, which: int) -> str:
         return f"{outer[stem]}.weight"
     match = re.fullmatch(pattern, name)
     if match and match[2] in inner:
-        return f"model.layers.{int(match[1])}.{inner[match[2]]}.weight"
+        return f"model.layers.{match[1]}.{inner[match[2]]}.weight"
     return name
 
 

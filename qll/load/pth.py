@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import logging
 import pickle
+import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -96,14 +98,15 @@ def _is_zip(path: Path) -> bool:
 def _load(path: Path, mapped: bool) -> Mapping[Any, Any]:
     """What the file holds; nothing in it is known to be a tensor yet."""
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        with warnings.catch_warnings(action="ignore"):
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise _unpickling_error(path, error) from None
     except Exception as error:  # a hostile pickle can make its reader raise anything
         raise HeaderError(
             "not a readable PyTorch file",
             where=path,
-            found=f"{type(error).__name__}: {shown(error, 200)}",
+            found=f"{type(error).__name__}: {shown(error, 120)}",
             hint="the download is incomplete or the file damaged: fetch it again",
         ) from None
     if not isinstance(tensors, Mapping):
@@ -114,21 +117,23 @@ def _load(path: Path, mapped: bool) -> Mapping[Any, Any]:
 
 
 def _unpickling_error(path: Path, error: pickle.UnpicklingError) -> CheckpointError:
-    """Unsafe when the pickle asks for code or foreign types, a header error when it is garbage."""
+    """Unsafe when the pickle asks for a function or a type, a header error when it is garbage."""
     text = str(error)
     if any(word in text for word in FOREIGN):
+        # torch's own advice, to allow what the file asks for, is not for files of strangers
+        asked = re.search(r"GLOBAL (\S+)", text)
         return UnsafeCheckpointError(
             "pickle asks for more than tensors, so it was not run",
             where=path,
-            found=shown(_reason(text), 200),
+            found=shown(asked[1]) if asked else "an instruction that is not allowed",
             hint="use a checkpoint from a source you trust, as safetensors if there is one",
         )
-    return HeaderError("not a readable PyTorch file", where=path, found=shown(_reason(text), 200))
-
-
-def _reason(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if "weights_only" not in line]
-    return next((line for line in reversed(lines) if line), "")[:200]
+    return HeaderError(
+        "not a readable PyTorch file",
+        where=path,
+        found="a pickle with instructions that tensors do not need",
+        hint="the download is incomplete or the file damaged: fetch it again",
+    )
 
 
 def _spec(tensor: object, name: object, path: Path) -> TensorSpec:
@@ -167,7 +172,7 @@ def _require_plain_zip(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except Exception as error:  # zipfile raises struct, value and unicode errors for bad bytes
-        raise HeaderError("zip directory is damaged", where=path, found=shown(error, 200)) from None
+        raise HeaderError("zip directory is damaged", where=path, found=shown(error, 120)) from None
     names = [entry.filename for entry in entries]
     pickles = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
     if len(pickles) != 1 or len(set(names)) != len(names):

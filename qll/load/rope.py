@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float64
 from torch import Tensor
 
 from qll.errors import ConfigError
@@ -32,7 +32,7 @@ def llama3_rope(theta: float, factor: float) -> dict[str, Any]:
     }
 
 
-def scaling_factors(rope: dict[str, Any], head_dim: int) -> Float[Tensor, "frequencies"]:
+def scaling_factors(rope: dict[str, Any], head_dim: int) -> Float64[Tensor, "frequencies"]:
     """What each rotary frequency is divided by, float64, from highest to lowest frequency.
 
     >>> scaling_factors(llama3_rope(500000.0, 8.0), 128)[[0, 63]].tolist()
@@ -47,25 +47,26 @@ def scaling_factors(rope: dict[str, Any], head_dim: int) -> Float[Tensor, "frequ
 
 
 def scaled_rope(
-    factors: Float[Tensor, "..."], theta: float, head_dim: int, where: Path
+    factors: Float64[Tensor, "frequencies"], theta: float, head_dim: int, where: Path
 ) -> dict[str, Any]:
     """The rotary parameters whose factors are `factors`; ConfigError when no known ones are.
 
     >>> rope = llama3_rope(500000.0, 32.0)
-    >>> scaled_rope(scaling_factors(rope, 64).float(), 500000.0, 64, Path("a.gguf")) == rope
+    >>> scaled_rope(scaling_factors(rope, 64), 500000.0, 64, Path("a.gguf")) == rope
     True
     """
-    found = factors.double()
-    if found.shape == (head_dim // 2,) and torch.isfinite(found).all():
-        if torch.equal(found, torch.ones_like(found)):
-            return {"rope_type": "default", "rope_theta": theta}
-        for factor in (8.0, 32.0, round(float(found.max()), 4)):
-            rope = llama3_rope(theta, factor)
-            if torch.allclose(scaling_factors(rope, head_dim), found, rtol=1e-4):
-                return rope
+    if torch.equal(factors, torch.ones_like(factors)):
+        return {"rope_type": "default", "rope_theta": theta}
+    largest = float(factors.max())
+    # the largest of a very short table may lie between; then only published factors can fit
+    for factor in (8.0, 32.0, round(largest, 4)):
+        rope = llama3_rope(theta, factor)
+        if factor > 0 and torch.allclose(scaling_factors(rope, head_dim), factors, rtol=1e-4):
+            return rope
     raise ConfigError(
         "rotary factors are not those of a known Llama",
-        where=where,
-        expected=f"{head_dim // 2} factors of Llama 3.1, 3.2 or 3.3 in rope_freqs.weight",
-        found=f"{tuple(factors.shape)}, largest {float(found.max()):.4g}" if len(found) else "none",
+        where=f"{where}: rope_freqs.weight",
+        expected="the factors of Llama 3.1, 3.2 or 3.3",
+        found=f"{len(factors)} factors up to {largest:.4g}",
+        hint="convert the model to GGUF again with a current converter",
     )

@@ -8,8 +8,8 @@ code of the folder, or renders its chat template.
 
 >>> from qll.load.source import open_source
 >>> tokenizer = open_tokenizer(open_source(None))
->>> tokenizer.tokenize("In 2024")
-['In', 'Ġ', '2', '0', '2', '4']
+>>> tokenizer("In 2024")["input_ids"]  # SmolLM2 splits digits: In, space, 2, 0, 2, 4
+[788, 216, 34, 32, 34, 36]
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from qll.errors import MissingFileError, TokenizerError
+from qll.load.config import MAX_VOCAB
 from qll.load.files import MAX_JSON_BYTES, read_object, reject_pointer
 from qll.load.gguf_header import read_header
 from qll.load.source import Source
@@ -53,12 +54,10 @@ def open_tokenizer(source: Source | str | Path) -> PreTrainedTokenizerFast:
     """
     path = Path(source) if isinstance(source, str | Path) else source.path
     file = _find(path)
-    if _is_gguf(file):
-        tokenizer = from_gguf_metadata(read_header(file).metadata, file)
-    elif file.suffix == ".json":
-        tokenizer = _from_hf(file)
-    else:
-        tokenizer = _from_meta(file)
+    try:
+        tokenizer = _read(file)
+    except TokenizerError as error:
+        raise _in_file(file, error) from None
     if isinstance(source, str | Path):
         _require_fit(tokenizer, _declared_size(file.parent), file)
     else:
@@ -97,27 +96,35 @@ def _is_gguf(file: Path) -> bool:
         return content.read(4) == b"GGUF" or file.suffix == ".gguf"
 
 
-def _from_meta(file: Path) -> PreTrainedTokenizerFast:
-    """Meta's tokenizer.model of either format."""
+def _read(file: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer in `file`, whichever of the formats it has."""
+    if _is_gguf(file):
+        return from_gguf_metadata(read_header(file).metadata)
+    _require_possible_size(file)
+    if file.suffix == ".json":
+        return _from_hf(file)
+    content = file.read_bytes()
+    return from_sentencepiece(content) if is_sentencepiece(content) else from_ranks(content)
+
+
+def _require_possible_size(file: Path) -> None:
     size = file.stat().st_size
     if not 0 < size <= MAX_JSON_BYTES:
         raise TokenizerError(
             "the tokenizer file has an impossible size",
-            where=file,
             expected=f"1 to {MAX_JSON_BYTES} bytes",
             found=size,
         )
-    content = file.read_bytes()
-    try:
-        return from_sentencepiece(content) if is_sentencepiece(content) else from_ranks(content)
-    except TokenizerError as error:
-        raise TokenizerError(
-            error.what,
-            where=file if error.where is None else f"{file}, {error.where}",
-            expected=error.expected,
-            found=error.found,
-            hint="download it again, or put the tokenizer.json of the same model beside it",
-        ) from None
+
+
+def _in_file(file: Path, error: TokenizerError) -> TokenizerError:
+    """`error` with the file in front of the place in it, unless it names a file already."""
+    if isinstance(error.where, Path):
+        return error
+    hint = "download the file again, or use the Hugging Face folder of the same model"
+    where = file if error.where is None else f"{file}, {error.where}"
+    facts = {"expected": error.expected, "found": error.found, "hint": error.hint or hint}
+    return TokenizerError(error.what, where=where, **facts)
 
 
 def _from_hf(file: Path) -> PreTrainedTokenizerFast:
@@ -126,36 +133,43 @@ def _from_hf(file: Path) -> PreTrainedTokenizerFast:
     AutoTokenizer is not used: for a class named in tokenizer_config.json it builds a pre-tokenizer
     of its own instead of the one in the file.
     """
-    read_object(file, TokenizerError)
+    backend = _read_backend(file)
+    facts = _beside(file, "special_tokens_map.json") | _beside(file, "tokenizer_config.json")
+    special = {name: text for name in SPECIAL_NAMES if (text := _token_text(facts.get(name)))}
+    more = facts.get("extra_special_tokens") or facts.get("additional_special_tokens")
+    listed = more.values() if isinstance(more, dict) else more if isinstance(more, list) else ()
+    flags = ("add_bos_token", "add_eos_token")
+    try:
+        return PreTrainedTokenizerFast(
+            tokenizer_object=backend,
+            clean_up_tokenization_spaces=False,
+            chat_template=_chat_template(file, facts),
+            extra_special_tokens=[text for text in map(_token_text, listed) if text],
+            **{flag: facts[flag] for flag in flags if isinstance(facts.get(flag), bool)},
+            **special,
+        )
+    except Exception as error:  # from three libraries, each with classes of its own
+        raise TokenizerError(
+            "tokenizer.json and the special tokens beside it do not fit together",
+            found=str(error)[:200],
+        ) from None
+
+
+def _read_backend(file: Path) -> Tokenizer:
     try:
         backend = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises plain Exception
         raise TokenizerError(
             "not a tokenizer.json that the tokenizers library can read",
-            where=file,
             found=str(error)[:200],
-            hint="download it again",
         ) from None
+    # the library copies a tokenizer by walking through all ids up to the highest
+    if (highest := max(backend.get_vocab().values(), default=0)) > MAX_VOCAB:
+        raise TokenizerError("an impossible token id", found=highest)
     # some files ask for texts to be cut or filled up to a length; ours are not
     backend.no_truncation()
     backend.no_padding()
-    facts = _beside(file, "special_tokens_map.json") | _beside(file, "tokenizer_config.json")
-    special = {name: _token_text(facts.get(name)) for name in SPECIAL_NAMES}
-    more = facts.get("extra_special_tokens") or facts.get("additional_special_tokens") or []
-    names = list(more.values()) if isinstance(more, dict) else list(more)
-    flags = {
-        name: facts[name]
-        for name in ("add_bos_token", "add_eos_token")
-        if isinstance(facts.get(name), bool)
-    }
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        clean_up_tokenization_spaces=False,
-        chat_template=_chat_template(file, facts),
-        extra_special_tokens=[text for text in map(_token_text, names) if text is not None],
-        **flags,
-        **{name: text for name, text in special.items() if text is not None},
-    )
+    return backend
 
 
 def _beside(file: Path, name: str) -> dict[str, Any]:

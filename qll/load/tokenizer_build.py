@@ -16,8 +16,7 @@ llama.cpp, whose answers on both kinds are committed in tests/golden/tokenizers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from tokenizers import (
     AddedToken,
@@ -32,12 +31,13 @@ from transformers import PreTrainedTokenizerFast
 
 from qll.errors import TokenizerError
 
+# the longest token of Llama 3 has 128 characters; splitting one in all ways is quadratic in it
+MAX_PIECE = 512
 METASPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 Role = Literal["normal", "unknown", "control", "user_defined", "unused", "byte"]
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """One entry of a vocabulary; its id is its place in the list."""
 
     text: str
@@ -138,6 +138,13 @@ def to_transformers(
 def _numbered(pieces: Sequence[Piece]) -> dict[str, int]:
     vocab: dict[str, int] = {}
     for index, piece in enumerate(pieces):
+        if len(piece.text) > MAX_PIECE:
+            raise TokenizerError(
+                "a token of impossible length",
+                where=f"token {index}",
+                expected=f"at most {MAX_PIECE} characters",
+                found=len(piece.text),
+            )
         first = vocab.setdefault(piece.text, index)
         if first != index:
             raise TokenizerError(

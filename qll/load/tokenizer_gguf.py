@@ -16,7 +16,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
@@ -40,6 +39,13 @@ TEKKEN_SPLIT = (
 DEFAULT_SPLITS = (r"[\p{P}\$\+<=>\^~\|]+", GPT2_SPLIT, r"\p{N}+", r"[0-9][0-9][0-9]")
 ROLES = ("", "normal", "unknown", "control", "user_defined", "unused", "byte")
 
+SPECIAL_NAMES = {
+    "bos": "bos_token",
+    "eos": "eos_token",
+    "unknown": "unk_token",
+    "padding": "pad_token",
+}
+
 log = logging.getLogger("qll.load")
 
 
@@ -57,6 +63,7 @@ class PreTokenizer:
 
 LLAMA3 = PreTokenizer((LLAMA3_SPLIT,), ignore_merges=True, add_bos=True)
 GPT2 = PreTokenizer((GPT2_SPLIT,))
+SENTENCEPIECE = PreTokenizer((), add_bos=True)
 DIGITS_GPT2 = PreTokenizer((r"\p{N}", GPT2_SPLIT))
 PRE_TOKENIZERS = {
     "default": PreTokenizer(DEFAULT_SPLITS),
@@ -69,7 +76,7 @@ PRE_TOKENIZERS = {
 }
 
 
-def from_gguf_metadata(metadata: Mapping[str, Any], where: Path) -> PreTrainedTokenizerFast:
+def from_gguf_metadata(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
     """The tokenizer that the `tokenizer.*` keys of a GGUF file describe.
 
     Special tokens, BOS and EOS follow the file, or llama.cpp's defaults where it is silent. Raises
@@ -79,74 +86,66 @@ def from_gguf_metadata(metadata: Mapping[str, Any], where: Path) -> PreTrainedTo
     if kind not in ("gpt2", "llama"):
         raise TokenizerError(
             "the GGUF file has a vocabulary of a type we cannot read",
-            where=where,
-            expected="tokenizer.ggml.model gpt2 or llama",
+            where="tokenizer.ggml.model",
+            expected="gpt2 or llama",
             found=kind,
             hint="use the Hugging Face folder of the same model, which has a tokenizer.json",
         )
-    pieces = _pieces(metadata, where)
+    pieces = _pieces(metadata)
     if kind == "gpt2":
-        pre = _pre_tokenizer(metadata, where)
+        pre, default_ids = _pre_tokenizer(metadata), {}
+        space = bool(metadata.get("tokenizer.ggml.add_space_prefix", False))
+        merges, whole = _merges(metadata), pre.ignore_merges
         tokenizer = byte_level_bpe(
-            pieces,
-            _merges(metadata, where),
-            pre.splits,
-            ignore_merges=pre.ignore_merges,
-            add_space_prefix=bool(metadata.get("tokenizer.ggml.add_space_prefix", False)),
+            pieces, merges, pre.splits, ignore_merges=whole, add_space_prefix=space
         )
-        defaults = {"bos": None, "eos": None, "unknown": None, "padding": None}
-        add_bos = pre.add_bos
     else:
-        add_space_prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
-        tokenizer = sentencepiece_bpe(pieces, add_space_prefix=add_space_prefix)
-        defaults = {"bos": 1, "eos": 2, "unknown": 0, "padding": None}
-        add_bos = True
-    names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+        pre, default_ids = SENTENCEPIECE, {"bos": 1, "eos": 2, "unknown": 0}
+        space = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+        tokenizer = sentencepiece_bpe(pieces, add_space_prefix=space)
     special = {
-        names[key]: _special(metadata, f"tokenizer.ggml.{key}_token_id", default, pieces, where)
-        for key, default in defaults.items()
+        name: _special(metadata, f"tokenizer.ggml.{key}_token_id", default_ids.get(key), pieces)
+        for key, name in SPECIAL_NAMES.items()
     }
     template = metadata.get("tokenizer.chat_template")
     return to_transformers(
         tokenizer,
         special=special,
-        add_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", add_bos)),
+        add_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", pre.add_bos)),
         add_eos=bool(metadata.get("tokenizer.ggml.add_eos_token", False)),
         chat_template=template if isinstance(template, str) else None,
     )
 
 
-def _pieces(metadata: Mapping[str, Any], where: Path) -> list[Piece]:
-    tokens = _list(metadata, "tokenizer.ggml.tokens", str, where)
+def _pieces(metadata: Mapping[str, Any]) -> list[Piece]:
+    tokens = _list(metadata, "tokenizer.ggml.tokens", str)
     count = len(tokens)
-    types = _list(metadata, "tokenizer.ggml.token_type", int, where, default=[1] * count)
-    scores = _list(metadata, "tokenizer.ggml.scores", float, where, default=[0.0] * count)
+    types = _list(metadata, "tokenizer.ggml.token_type", int, default=[1] * count)
+    scores = _list(metadata, "tokenizer.ggml.scores", float, default=[0.0] * count)
     for key, values in (("token_type", types), ("scores", scores)):
         if len(values) != count:
             raise TokenizerError(
                 "the vocabulary lists differ in length",
-                where=f"{where}, tokenizer.ggml.{key}",
+                where=f"tokenizer.ggml.{key}",
                 expected=count,
                 found=len(values),
             )
     bad = next((i for i, role in enumerate(types) if not 0 < role < len(ROLES)), None)
     if bad is not None:
-        raise TokenizerError(
-            "a token of unknown type", where=f"{where}, token {bad}", found=types[bad]
-        )
+        raise TokenizerError("a token of unknown type", where=f"token {bad}", found=types[bad])
     rows = zip(tokens, scores, types, strict=True)
     return [Piece(token, score, ROLES[role]) for token, score, role in rows]
 
 
-def _pre_tokenizer(metadata: Mapping[str, Any], where: Path) -> PreTokenizer:
+def _pre_tokenizer(metadata: Mapping[str, Any]) -> PreTokenizer:
     name = metadata.get("tokenizer.ggml.pre")
     if name is None:
-        log.warning("%s: no tokenizer.ggml.pre; text is split the default way", where.name)
+        log.warning("the GGUF file has no tokenizer.ggml.pre: text is split the default way")
         name = "default"
-    if name not in PRE_TOKENIZERS:
+    if not isinstance(name, str) or name not in PRE_TOKENIZERS:
         raise TokenizerError(
             "the GGUF file names a pre-tokenizer we do not know",
-            where=f"{where}, tokenizer.ggml.pre",
+            where="tokenizer.ggml.pre",
             expected=f"one of {', '.join(sorted(PRE_TOKENIZERS))}",
             found=name,
             hint="use the Hugging Face folder of the same model, which has a tokenizer.json",
@@ -154,14 +153,14 @@ def _pre_tokenizer(metadata: Mapping[str, Any], where: Path) -> PreTokenizer:
     return PRE_TOKENIZERS[name]
 
 
-def _merges(metadata: Mapping[str, Any], where: Path) -> list[tuple[str, str]]:
+def _merges(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
     merges = []
-    for index, merge in enumerate(_list(metadata, "tokenizer.ggml.merges", str, where)):
+    for index, merge in enumerate(_list(metadata, "tokenizer.ggml.merges", str)):
         left, _, right = merge.partition(" ")
         if not left or not right or " " in right:
             raise TokenizerError(
                 "a merge is not two tokens",
-                where=f"{where}, merge {index}",
+                where=f"merge {index}",
                 expected="left, a space, right",
                 found=merge[:40],
             )
@@ -170,7 +169,7 @@ def _merges(metadata: Mapping[str, Any], where: Path) -> list[tuple[str, str]]:
 
 
 def _special(
-    metadata: Mapping[str, Any], key: str, default: int | None, pieces: list[Piece], where: Path
+    metadata: Mapping[str, Any], key: str, default: int | None, pieces: list[Piece]
 ) -> str | None:
     index = metadata.get(key, default)
     if index is None or (key not in metadata and index >= len(pieces)):
@@ -178,24 +177,22 @@ def _special(
     if not isinstance(index, int) or not 0 <= index < len(pieces):
         raise TokenizerError(
             "a special token is not in the vocabulary",
-            where=f"{where}, {key}",
+            where=key,
             expected=f"an id below {len(pieces)}",
             found=index,
         )
     return pieces[index].text
 
 
-def _list(
-    metadata: Mapping[str, Any], key: str, kind: type, where: Path, default: list | None = None
-) -> list:
+def _list(metadata: Mapping[str, Any], key: str, kind: type, default: list | None = None) -> list:
     values = metadata.get(key, default)
     if values is None or isinstance(values, str | bytes) or not hasattr(values, "__len__"):
-        raise TokenizerError("the GGUF file has no vocabulary list", where=f"{where}, {key}")
+        raise TokenizerError("the GGUF file has no vocabulary list", where=key)
     values = list(values)
     if not all(isinstance(value, kind) for value in values):
         raise TokenizerError(
             "a vocabulary list holds values of another type",
-            where=f"{where}, {key}",
+            where=key,
             expected=kind.__name__,
         )
     return values

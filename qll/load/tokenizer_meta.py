@@ -19,7 +19,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
 from qll.errors import TokenizerError
-from qll.load.tokenizer_build import Piece, byte_level_bpe, to_transformers
+from qll.load.tokenizer_build import MAX_PIECE, Piece, byte_level_bpe, to_transformers
 
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -30,7 +30,6 @@ NAMED_SPECIALS = (
     "finetune_right_pad_id step_id start_header_id end_header_id eom_id eot_id python_tag image"
 )
 SPECIALS = 256
-MAX_TOKEN_BYTES = 4096
 
 
 def from_ranks(content: bytes) -> PreTrainedTokenizerFast:
@@ -107,11 +106,11 @@ def _parse_rank_line(line: bytes, where: str) -> tuple[bytes, int]:
         token = base64.b64decode(parts[0], validate=True)
     except binascii.Error:
         raise TokenizerError("not base64", where=where, found=shown) from None
-    if not 0 < len(token) <= MAX_TOKEN_BYTES:
+    if not 0 < len(token) <= MAX_PIECE:
         raise TokenizerError(
             "a token of impossible length",
             where=where,
-            expected=f"1 to {MAX_TOKEN_BYTES} bytes",
+            expected=f"1 to {MAX_PIECE} bytes",
             found=len(token),
         )
     return token, int(parts[1])

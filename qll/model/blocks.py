@@ -77,7 +77,13 @@ def build_block(
 def run_block(
     block: LlamaDecoderLayer, hidden: Float[Tensor, "batch seq d_model"]
 ) -> Float[Tensor, "batch seq d_model"]:
-    """Output of `block` on `hidden`, causal, positions 0 to seq - 1, no padding, no cache."""
+    """Output of `block` on `hidden`, causal, positions 0 to seq - 1, no padding, no cache.
+
+    >>> from transformers import LlamaConfig
+    >>> config = LlamaConfig(hidden_size=8, intermediate_size=8, num_attention_heads=2)
+    >>> run_block(LlamaDecoderLayer(sdpa_config(config), 0), torch.zeros(1, 3, 8)).shape
+    torch.Size([1, 3, 8])
+    """
     positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
     # a new table per call costs microseconds and is right for every rope type and length
     rotary = LlamaRotaryEmbedding(block.self_attn.config).to(hidden.device)

@@ -28,10 +28,14 @@ def load_dense(
     Reads one tensor at a time. Raises MissingTensorError or ShapeError when the source and its
     config disagree.
 
+    >>> import tempfile
     >>> from qll.load import open_source
-    >>> model = load_dense(open_source(None))  # doctest: +SKIP
-    >>> model(torch.tensor([[1, 2, 3]])).logits.shape  # doctest: +SKIP
-    torch.Size([1, 3, 49152])
+    >>> config = LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=8,
+    ...                      num_hidden_layers=1, num_attention_heads=2)
+    >>> folder = tempfile.mkdtemp()
+    >>> LlamaForCausalLM(config).save_pretrained(folder)
+    >>> load_dense(open_source(folder))(torch.tensor([[1, 2, 3]])).logits.shape
+    torch.Size([1, 3, 32])
     """
     config = sdpa_config(source.config)
     with torch.device("meta"):

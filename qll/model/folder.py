@@ -6,12 +6,15 @@ everything of ours. No code from the folder is executed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from qll import store
 from qll.errors import IntegrityError, MissingFileError
@@ -42,9 +45,10 @@ def load(
     require_converted(folder)
     manifest = store.verify_manifest(folder) if verify else None
     read_weight_map(folder)  # refuses an index that points outside the folder
-    model = LlamaTNForCausalLM.from_pretrained(
-        folder, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False
-    )
+    with _bars_only_on_a_terminal():
+        model = LlamaTNForCausalLM.from_pretrained(
+            folder, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False
+        )
     model.to(device)
     if manifest is not None:
         _require_fingerprint(model, manifest, folder)
@@ -76,6 +80,19 @@ def require_converted(folder: Path) -> None:
             found=config.get("model_type") if isinstance(config, dict) else type(config).__name__,
             hint="convert it first, or open it with qll.open",
         )
+
+
+@contextlib.contextmanager
+def _bars_only_on_a_terminal() -> Iterator[None]:
+    """transformers draws its progress bar even into files; ours are silent there."""
+    quiet = not sys.stderr.isatty() and logging.is_progress_bar_enabled()
+    if quiet:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if quiet:
+            logging.enable_progress_bar()
 
 
 def _require_fingerprint(model: PreTrainedModel, manifest: dict, folder: Path) -> None:

@@ -31,7 +31,6 @@ def stored_shapes(members: tuple[str, ...], spec: NetworkSpec) -> dict[str, tupl
     `<path>.cores.<i>` are floating point, `<path>.indices.<i>` int32; the path of a group of
     members is that of `group_path`.
 
-    >>> from qll.tn.network import NetworkSpec
     >>> stored_shapes(("lm_head",), NetworkSpec("lowrank", (6, 4), (2,)))
     {'lm_head.cores.0': (6, 2), 'lm_head.cores.1': (2, 4)}
     """
@@ -46,6 +45,14 @@ def insert_networks(model: LlamaForCausalLM, entries: Entries) -> None:
 
     A network in place of a tied embedding also serves as the output head. Raises ConfigError for an
     entry that names no matrix of this model, ShapeError for one of another shape.
+
+    >>> from transformers import LlamaConfig
+    >>> config = LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=8,
+    ...                      num_hidden_layers=1, num_attention_heads=2)
+    >>> model = LlamaForCausalLM(config)
+    >>> insert_networks(model, {("lm_head",): NetworkSpec("lowrank", (32, 8), (2,))})
+    >>> type(model.lm_head).__name__
+    'TNLinear'
     """
     for members, spec in entries.items():
         _check_entry(model, members, spec)

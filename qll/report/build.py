@@ -79,6 +79,8 @@ SCHEMA: dict[Any, Any] = {
     },
     "compression": {
         "keep": NUMBER,
+        "keep_requested?": NUMBER,
+        "metric?": str,
         "params_ratio": NUMBER,
         "bytes_ratio": NUMBER,
         "dtype": str,

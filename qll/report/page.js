@@ -4,7 +4,7 @@
 (() => {
   const $ = (id) => document.getElementById(id);
   const all = (selector, root = document) => [...root.querySelectorAll(selector)];
-  const matrices = JSON.parse($("data").textContent).matrices;
+  const { matrices, start } = JSON.parse($("data").textContent);
   const metrics = JSON.parse($("metrics").textContent);
   const cells = all(".cell");
   let metric = metrics[0];
@@ -33,7 +33,6 @@
       const number = Number(cell.dataset.number), shade = metric.shade[number];
       cell.style.setProperty("--shade", shade ?? 0);
       cell.classList.toggle("empty", shade === null);
-      cell.classList.toggle("high", shade > 0.66);
       cell.textContent = metric.cell[number];
       cell.setAttribute("aria-label", describe(number));
     }
@@ -111,13 +110,7 @@
   }
   for (const other of all(".other")) other.addEventListener("click", () => choose(Number(other.dataset.number)));
   for (const input of all("input[name=metric]")) input.addEventListener("change", () => paint(input.value));
-  if (cells.length) choose(worst());
-
-  function worst() {
-    const errors = (metrics.find((one) => one.key === "rel_error") ?? metrics[0]).shade;
-    const numbers = cells.map((cell) => Number(cell.dataset.number));
-    return numbers.reduce((best, number) => ((errors[number] ?? -1) > (errors[best] ?? -1) ? number : best));
-  }
+  if (cells.length) choose(start);
 
   // ---- entropy curves ------------------------------------------------------------------------
   function showCut(cut) {

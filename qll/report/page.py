@@ -42,7 +42,7 @@ def render(report: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "percent": units.percent, "count": units.count, "number": units.number,
+        "percent": units.percent, "count": units.count, "number": units.number, "nats": units.nats,
     }  # fmt: skip
     return environment.get_template("page.html").render(
         **view(report),

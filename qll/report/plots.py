@@ -23,7 +23,7 @@ from matplotlib.ticker import MaxNLocator
 from qll.report.units import Number
 
 SVG = "{http://www.w3.org/2000/svg}"
-WIDTH, HEIGHT = 262, 176  # CSS pixels; the page scales a panel by at most a third
+WIDTH, HEIGHT = 262, 182  # CSS pixels; the page scales a panel by at most a third
 INK, SOFT, LINE = "#010101", "#020202", "#030303"
 DENSE, CONVERTED, RANDOM = "#040404", "#050505", "#060606"
 VARIABLES = {
@@ -153,7 +153,7 @@ def _spectrum_panel(lines: Sequence[Spectrum], random: Sequence[Number], top: Nu
 def _axes(left: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72), dpi=72)
     figure.patch.set_visible(False)
-    axes = figure.add_axes((left, 0.19, 0.985 - left, 0.68))
+    axes = figure.add_axes((left, 0.215, 0.985 - left, 0.655))
     axes.patch.set_visible(False)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(LINE)
@@ -165,7 +165,7 @@ def _axes(left: float) -> tuple[Figure, Axes]:
 
 def _label(axes: Axes, vertical: str, horizontal: str) -> None:
     axes.text(-0.165, 1.1, vertical, transform=axes.transAxes, color=SOFT, va="center")
-    axes.text(1, -0.165, horizontal, transform=axes.transAxes, color=SOFT, ha="right", va="center")
+    axes.text(1, -0.25, horizontal, transform=axes.transAxes, color=SOFT, ha="right", va="center")
 
 
 def _values(curve: Curve) -> list[Number]:

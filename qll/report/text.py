@@ -44,11 +44,11 @@ def _model(report: Mapping[str, Any]) -> list[str]:
     return [
         f"{_safe(model['name'], 50)} ({model['source_format']}): "
         f"{model['n_layers']} blocks, d_model {model['d_model']:,}, "
-        f"{units.count(model['params'])} parameters; rows {model['row_order']}",
+        f"{units.count(model['params'])} parameters",
         f"keep {units.percent(compression['keep'])} of {units.count(model['block_params'])} in "
         f"blocks, params_ratio {compression['params_ratio']:.3f}, "
         f"bytes_ratio {compression['bytes_ratio']:.3f} in {compression['dtype']}",
-        f"formats: {format_counts(compression['per_matrix'])}",
+        f"rows {model['row_order']}; formats: {format_counts(compression['per_matrix'])}",
     ]
 
 
@@ -91,7 +91,7 @@ def _cost(report: Mapping[str, Any]) -> list[str]:
     longest = sorted(seconds, key=lambda stage: -seconds[stage])[:3]
     stages = ", ".join(f"{_safe(name, 20)} {units.seconds(seconds[name])}" for name in longest)
     memory = f"peak RAM {units.size(cost['peak_rss_bytes'])}"
-    if cost["peak_device_bytes"] is not None:
+    if cost["peak_device_bytes"]:
         memory += f", device {units.size(cost['peak_device_bytes'])}"
     time = f"time {units.seconds(sum(seconds.values()))}" + (f" (most: {stages})" if stages else "")
     return [*_table(("cost", "dense", "converted", "ratio"), rows), time, memory]
@@ -135,7 +135,7 @@ def _worst(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 
 def _mean(values: Iterable[units.Number | None]) -> str:
     known = [value for value in values if value is not None]
-    return f"{fmean(known):.3f}" if known else units.NONE
+    return units.nats(fmean(known) if known else None)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -79,13 +79,25 @@ def number(value: Number | None) -> str:
 def rounded(value: Number | None) -> str:
     """Three significant digits: for what was timed and is no better known than that.
 
-    >>> rounded(22.84), rounded(455.03), rounded(0.8849)
-    ('22.8', '455', '0.885')
+    >>> rounded(22.84), rounded(455.03), rounded(0.8849), rounded(1_352_625)
+    ('22.8', '455', '0.885', '1.35e+06')
     """
     if value is None:
         return NONE
-    text = f"{value:,.{max(0, 2 - floor(log10(abs(value))))}f}" if value else "0"
-    return text if abs(value) < 1e6 else number(value)
+    if value == 0:
+        return "0"
+    if not 1e-3 <= abs(value) < 1e5:
+        return f"{value:.2e}"
+    return f"{value:,.{max(0, 2 - floor(log10(abs(value))))}f}"
+
+
+def nats(value: Number | None) -> str:
+    """An entropy, three decimals, without a sign on zero.
+
+    >>> nats(5.2437), nats(-0.0001)
+    ('5.244', '0.000')
+    """
+    return NONE if value is None else f"{value:z.3f}"
 
 
 def ratio(dense: Number | None, converted: Number | None) -> float | None:

@@ -35,9 +35,10 @@ from qll.tn.joint_tucker import JointTucker
 from qll.tn.kron import KroneckerSum
 from qll.tn.lowrank import LowRank
 from qll.tn.modes import default_modes
-from qll.tn.mpo import MPO, tensor_train
+from qll.tn.mpo import MPO
 from qll.tn.network import GAUGES, MatrixNetwork, NetworkSpec, TensorShapes
 from qll.tn.svd import SVD, discarded_weight, rank_for, singular_values, truncated_svd
+from qll.tn.sweep import tensor_train
 from qll.tn.tree import Tree
 from qll.tn.tucker import Tucker
 

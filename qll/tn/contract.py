@@ -55,23 +55,16 @@ class Plan:
         return total
 
 
-@lru_cache(maxsize=4096)
+@torch.compiler.assume_constant_result
 def plan(equation: str, shapes: tuple[tuple[int, ...], ...], tokens: str = "") -> Plan:
     """The cheapest order for `equation` at `shapes`; index `tokens` is planned in a power of two.
+
+    Searched once per argument. To torch.compile it is a constant of the graph.
 
     >>> [step.equation for step in plan("ab,bc,c->a", ((9, 8), (8, 7), (7,))).steps]
     ['c,bc->b', 'b,ab->a']
     """
-    terms = equation.split("->")[0].split(",")
-    sizes = {
-        index: bucket(size) if index == tokens else size
-        for term, shape in zip(terms, shapes, strict=True)
-        for index, size in zip(term, shape, strict=True)
-    }
-    planned = [tuple(sizes[index] for index in term) for term in terms]
-    _, info = opt_einsum.contract_path(equation, *planned, shapes=True, optimize="dp")
-    steps = tuple(Step(*_pair(places), pair) for places, _, pair, *_ in info.contraction_list)
-    return Plan(steps, sizes)
+    return _search(equation, shapes, tokens)
 
 
 def contract(
@@ -102,15 +95,35 @@ def bucket(tokens: int) -> int:
     return 1 << max(tokens - 1, 0).bit_length()
 
 
-@lru_cache(maxsize=64)
+@torch.compiler.assume_constant_result
 def chain(sites: int, with_tokens: bool) -> str:
     """The einsum equation of an MPO of `sites` cores, alone or times x [tokens, n_1 .. n_d].
 
-    Boundary bonds are left out: the first core is [m, n, r], the last [r, m, n].
+    Boundary bonds are left out: the first core is [m, n, r], the last [r, m, n]. The token index,
+    if any, is "a".
 
     >>> chain(2, True), chain(2, False)
     ('abc,dbe,efc->adf', 'abc,cde->abde')
     """
+    return _chain(sites, with_tokens)
+
+
+@lru_cache(maxsize=4096)
+def _search(equation: str, shapes: tuple[tuple[int, ...], ...], tokens: str) -> Plan:
+    terms = equation.split("->")[0].split(",")
+    sizes = {
+        index: bucket(size) if index == tokens else size
+        for term, shape in zip(terms, shapes, strict=True)
+        for index, size in zip(term, shape, strict=True)
+    }
+    planned = [tuple(sizes[index] for index in term) for term in terms]
+    _, info = opt_einsum.contract_path(equation, *planned, shapes=True, optimize="dp")
+    steps = tuple(Step(*_pair(places), pair) for places, _, pair, *_ in info.contraction_list)
+    return Plan(steps, sizes)
+
+
+@lru_cache(maxsize=64)
+def _chain(sites: int, with_tokens: bool) -> str:
     letters = iter(ascii_letters)
     token = next(letters) if with_tokens else ""
     into = [next(letters) for _ in range(sites)] if with_tokens else []

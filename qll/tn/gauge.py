@@ -26,11 +26,12 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from qll.errors import NonFiniteError, UsageError
+from qll.tn.svd import widened
 
 MAX_COEFFICIENT = 2.0
 
-# Pivoted QR is half level-2 BLAS: 5 s at 49152 x 576 = 1.6e10. Beyond, LU with partial pivoting
-# (level 3) starts the swaps instead; its coefficients start somewhat larger.
+# Pivoted QR is half level-2 BLAS: seconds at 49152 x 576 = 1.6e10. Beyond, LU with partial
+# pivoting (level 3) starts the swaps instead; its coefficients start somewhat larger.
 _QR_LIMIT = 3e10
 
 _orders: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -51,14 +52,17 @@ def interpolative(
     rows, rank = left.shape
     if rows < rank:
         raise UsageError(
-            "the gauge needs at least as many rows as columns", where="interpolative",
-            expected=f"rows >= {rank}", found=rows, hint="clamp the ranks first",
+            "the gauge needs at least as many rows as columns",
+            where="interpolative",
+            expected=f"rows >= {rank}",
+            found=rows,
+            hint="clamp the ranks first",
         )
     if not bool(torch.isfinite(left).all()):
         raise NonFiniteError("NaN or infinity in a core", where="interpolative")
     if rows == rank:
-        return _empty(left, rank), torch.arange(rank, device=left.device)
-    basis = torch.linalg.qr(_wide(left)).Q
+        return widened(left)[:0], torch.arange(rank, device=left.device)
+    basis = torch.linalg.qr(widened(left)).Q
     return _bounded(basis, _first_pivots(basis))
 
 
@@ -103,9 +107,9 @@ def _row_order(pivots: Tensor, rows: int) -> Tensor:
 def _first_pivots(basis: Tensor) -> Tensor:
     rows, rank = basis.shape
     if rows * rank * rank <= _QR_LIMIT:
-        order = scipy.linalg.qr(
-            basis.T.cpu().numpy(), mode="r", pivoting=True, check_finite=False, overwrite_a=False
-        )[1]
+        # the order of near-equal norms does not matter, so float32 is enough to choose
+        narrow = basis.float().cpu().numpy().T
+        order = scipy.linalg.qr(narrow, mode="r", pivoting=True, overwrite_a=True)[1]
         return torch.from_numpy(order[:rank]).long().to(basis.device)
     exchanges = torch.linalg.lu_factor(basis).pivots.tolist()
     order = list(range(rows))
@@ -157,12 +161,3 @@ def complement(pivots: Int[Tensor, "r"], rows: int) -> Int64[Tensor, "rest"]:
 def _solve(basis: Tensor, pivots: Tensor) -> Tensor:
     rest = basis[complement(pivots, basis.shape[0])]
     return torch.linalg.solve(basis[pivots], rest, left=False)
-
-
-def _wide(left: Tensor) -> Tensor:
-    left = left.detach()
-    return (left.cpu() if left.device.type == "mps" else left).double()
-
-
-def _empty(left: Tensor, rank: int) -> Tensor:
-    return torch.empty(0, rank, dtype=torch.float64, device=left.device)

@@ -138,7 +138,9 @@ def _named(network: MPO) -> KroneckerSum:
 def _chain_spec(spec: NetworkSpec) -> NetworkSpec:
     if len(spec.modes.get("out", ())) != 2:
         raise UsageError(
-            "a Kronecker sum has two factors", where="kron", expected="two out and two in modes",
+            "a Kronecker sum has two factors",
+            where="kron",
+            expected="two out and two in modes",
             found=dict(spec.modes),
         )
     return replace(spec, format=MPO.name)

@@ -59,7 +59,14 @@ def leading_basis(matrix: Float64[Tensor, "size rest"], rank: int) -> Float64[Te
     [[0.0], [1.0]]
     """
     if not torch.isfinite(matrix).all():
-        raise NonFiniteError("cannot factorise a matrix with NaN or infinity", found=matrix.shape)
+        count = int((~torch.isfinite(matrix)).sum())
+        raise NonFiniteError(
+            "the matrix has NaN or infinite entries",
+            where="leading_basis",
+            expected=0,
+            found=count,
+            hint="check the weights for overflow before converting",
+        )
     size, rest = matrix.shape
     if size <= rest:
         return torch.linalg.eigh(matrix @ matrix.mT).eigenvectors[:, size - rank :].flip(1)

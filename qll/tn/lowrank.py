@@ -27,7 +27,7 @@ from qll.errors import UsageError
 from qll.tn.entropy import von_neumann
 from qll.tn.gauge import interpolative, row_order, write
 from qll.tn.network import NetworkSpec, TensorShapes
-from qll.tn.svd import rank_for, singular_values, truncated_svd
+from qll.tn.svd import rank_for, singular_values, truncated_svd, widened
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,9 @@ class LowRank:
             return self
         left, right = self.cores
         coefficients, pivots = interpolative(left)
-        rows = left.detach().to(coefficients)[pivots] @ right.detach().to(coefficients)
+        rows = widened(left)[pivots.to(coefficients.device)] @ widened(right)
         spec = self.spec.with_gauge("interpolative")
-        return LowRank(spec, (coefficients.to(left), rows.to(right)), (pivots,))
+        return LowRank(spec, (coefficients.to(left), rows.to(right)), (pivots.to(left.device),))
 
     def expand(self) -> LowRank:
         """The same matrix as (A, B)."""
@@ -153,7 +153,7 @@ class LowRank:
 
     def bond_spectrum(self, k: int = 0) -> Float64[Tensor, "r"]:
         """Singular values of W over the bond, from QR of the factors, never from W."""
-        left, right = (core.detach().double() for core in self.expand().cores)
+        left, right = (widened(core) for core in self.expand().cores)
         small = torch.linalg.qr(left, mode="r").R @ torch.linalg.qr(right.mT, mode="r").R.mT
         return singular_values(small)
 
@@ -161,11 +161,9 @@ class LowRank:
         """Von Neumann entropy of the bond, nats."""
         return von_neumann(self.bond_spectrum(k))
 
-    def round(
-        self, *, rtol: float | None = None, ranks: Sequence[int] | None = None
-    ) -> LowRank:
+    def round(self, *, rtol: float | None = None, ranks: Sequence[int] | None = None) -> LowRank:
         """The best network of lower rank: relative error <= `rtol`, rank <= ranks[0]."""
-        left, right = (core.detach().double() for core in self.expand().cores)
+        left, right = (widened(core) for core in self.expand().cores)
         (q_left, r_left), (q_right, r_right) = torch.linalg.qr(left), torch.linalg.qr(right.mT)
         u, s, vh, _ = truncated_svd(r_left @ r_right.mT)
         kept = s.numel() if ranks is None else min(ranks[0], s.numel())

@@ -41,7 +41,9 @@ def default_modes(shape: tuple[int, int], sites: int) -> dict[str, tuple[int, ..
     """
     if sites < 1 or min(shape) < 1:
         raise UsageError(
-            "cannot split", where="default_modes", expected="sizes and sites >= 1",
+            "cannot split",
+            where="default_modes",
+            expected="sizes and sites >= 1",
             found=(shape, sites),
         )
     out, into = (balanced_factors(_padded(size, sites), sites) for size in shape)
@@ -86,7 +88,8 @@ def paired_modes(
         raise UsageError("out and in need equally many modes >= 1", found=(out, into))
     if prod(out) < shape[0] or prod(into) < shape[1]:
         raise UsageError(
-            "the modes are too small for the matrix", expected=f"products >= {shape}",
+            "the modes are too small for the matrix",
+            expected=f"products >= {shape}",
             found=(prod(out), prod(into)),
         )
     return out, into
@@ -153,4 +156,3 @@ def _is_smooth(size: int) -> bool:
         while size % prime == 0:
             size //= prime
     return size == 1
-

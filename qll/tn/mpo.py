@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod, sqrt
+from math import prod
 from typing import ClassVar
 
 import torch
@@ -32,7 +32,8 @@ from qll.tn.gauge import interpolative, write
 from qll.tn.legs import lookup
 from qll.tn.modes import merge, paired_modes, split
 from qll.tn.network import NetworkSpec, TensorShapes
-from qll.tn.svd import singular_values, truncated_svd
+from qll.tn.svd import singular_values, widened
+from qll.tn.sweep import canonical, tensor_train, truncated
 
 _ROWS_CHUNK = 1 << 24  # numbers of one gathered core in `rows`
 
@@ -78,8 +79,10 @@ class MPO:
         sites = _site_sizes(spec)
         if len(spec.ranks) != len(sites) - 1:
             raise UsageError(
-                "one rank per bond is needed", where=spec.format,
-                expected=len(sites) - 1, found=spec.ranks,
+                "one rank per bond is needed",
+                where=spec.format,
+                expected=len(sites) - 1,
+                found=spec.ranks,
             )
         ranks = [max(1, rank) for rank in spec.ranks]
         left = 1
@@ -117,7 +120,8 @@ class MPO:
         cores = self.expand().cores
         if len(out) != len(cores) or len(into) != len(cores):
             raise UsageError(
-                "one factor or None per leg is needed", expected=len(cores),
+                "one factor or None per leg is needed",
+                expected=len(cores),
                 found=(len(out), len(into)),
             )
         changed = []
@@ -134,15 +138,15 @@ class MPO:
         if self.spec.gauge == "interpolative":
             return self
         stored, pivots = [], []
-        carry = torch.eye(1, dtype=torch.float64, device=self.cores[0].device)
+        carry = widened(self.cores[0].new_ones(1, 1))
         for core in self.cores[:-1]:
-            left = (carry @ _wide(core).flatten(1)).reshape(-1, core.shape[3])
+            left = (carry @ widened(core).flatten(1)).reshape(-1, core.shape[3])
             coefficients, chosen = interpolative(left)
             stored.append(coefficients.to(core))
-            pivots.append(chosen)
+            pivots.append(chosen.to(core.device))
             carry = left[chosen]
         last = self.cores[-1]
-        stored.append((carry @ _wide(last).flatten(1)).reshape(last.shape).to(last))
+        stored.append((carry @ widened(last).flatten(1)).reshape(last.shape).to(last))
         return MPO(self.spec.with_gauge("interpolative"), tuple(stored), tuple(pivots))
 
     def expand(self) -> MPO:
@@ -165,7 +169,7 @@ class MPO:
         >>> torch.allclose(last @ last.mT, torch.eye(4), atol=1e-5)
         True
         """
-        cores = _canonical([_wide(core) for core in self.expand().cores], center)
+        cores = canonical([widened(core) for core in self.expand().cores], center)
         return self._with([core.to(self.cores[-1]) for core in cores])
 
     def to_matrix(self) -> Float[Tensor, "out into"]:
@@ -199,7 +203,7 @@ class MPO:
 
     def bond_spectrum(self, k: int) -> Float64[Tensor, "r"]:
         """Singular values of the unfolding at bond k, from the canonical form, never from W."""
-        cores = _canonical([_wide(core) for core in self.expand().cores], k)
+        cores = canonical([widened(core) for core in self.expand().cores], k)
         return singular_values(cores[k].flatten(0, 2))
 
     def entropy(self, k: int) -> float:
@@ -216,8 +220,8 @@ class MPO:
         >>> MPO.decompose(torch.eye(4), spec).round(rtol=1e-6).spec.ranks
         (1,)
         """
-        cores = _canonical([_wide(core) for core in self.expand().cores], 0)
-        rounded, _ = _truncate(cores, ranks, rtol)
+        cores = canonical([widened(core) for core in self.expand().cores], 0)
+        rounded, _ = truncated(cores, ranks, rtol)
         return self._same_gauge([core.to(self.cores[-1]) for core in rounded])
 
     # -- private -----------------------------------------------------------------------------
@@ -244,72 +248,6 @@ class MPO:
         return network if self.spec.gauge == "none" else network.interpolate()
 
 
-def tensor_train(
-    sites: Float[Tensor, "..."], *, ranks: Sequence[int] | None = None, rtol: float | None = None
-) -> tuple[list[Tensor], list[float]]:
-    """TT-SVD of [m_1, n_1, ..]: cores [r, m, n, r'], and the weight each bond dropped.
-
-    All cores but the last are left-orthogonal. The weights are fractions of ||T||^2 and sum to
-    the squared relative error, which is at most rtol^2 (each bond may drop rtol^2 / (d - 1)).
-
-    >>> cores, dropped = tensor_train(torch.randn(2, 2, 2, 2), ranks=[3])
-    >>> [tuple(core.shape) for core in cores], len(dropped)
-    ([(1, 2, 2, 3), (3, 2, 2, 1)], 1)
-    """
-    shapes = list(zip(sites.shape[0::2], sites.shape[1::2], strict=True))
-    bonds = max(len(shapes) - 1, 1)
-    rest, rank, left_over = sites.reshape(1, -1), 1, 1.0
-    cores, dropped = [], []
-    for k, (out, into) in enumerate(shapes[:-1]):
-        u, s, vh, weight = truncated_svd(
-            rest.reshape(rank * out * into, -1),
-            rank=None if ranks is None else ranks[k],
-            rtol=_share(rtol, bonds, left_over),
-        )
-        dropped.append(weight * left_over)
-        left_over -= dropped[-1]
-        cores.append(u.reshape(rank, out, into, -1))
-        rest, rank = s[:, None] * vh, s.numel()
-    cores.append(rest.reshape(rank, *shapes[-1], 1))
-    return cores, dropped
-
-
-def _truncate(
-    cores: list[Tensor], ranks: Sequence[int] | None, rtol: float | None
-) -> tuple[list[Tensor], list[float]]:
-    """Truncated SVDs from the left of cores whose orthogonality centre is the first."""
-    cores, left_over, dropped = list(cores), 1.0, []
-    for k in range(len(cores) - 1):
-        u, s, vh, weight = truncated_svd(
-            cores[k].flatten(0, 2),
-            rank=None if ranks is None else ranks[k],
-            rtol=_share(rtol, len(cores) - 1, left_over),
-        )
-        dropped.append(weight * left_over)
-        left_over -= dropped[-1]
-        cores[k] = u.reshape(*cores[k].shape[:3], -1)
-        cores[k + 1] = torch.einsum("ab,boic->aoic", s[:, None] * vh, cores[k + 1])
-    return cores, dropped
-
-
-def _share(rtol: float | None, bonds: int, left_over: float) -> float | None:
-    """One bond's tolerance relative to what is left, so that all together stay below `rtol`."""
-    return None if rtol is None else rtol / sqrt(bonds * max(left_over, 1e-300))
-
-
-def _canonical(cores: list[Tensor], center: int) -> list[Tensor]:
-    cores = list(cores)
-    for k in range(center):
-        q, r = torch.linalg.qr(cores[k].flatten(0, 2))
-        cores[k] = q.reshape(*cores[k].shape[:3], -1)
-        cores[k + 1] = torch.einsum("ab,boic->aoic", r, cores[k + 1])
-    for k in range(len(cores) - 1, center, -1):
-        q, r = torch.linalg.qr(cores[k].flatten(1).mT)
-        cores[k] = q.mT.reshape(-1, *cores[k].shape[1:])
-        cores[k - 1] = torch.einsum("aoib,cb->aoic", cores[k - 1], r)
-    return cores
-
-
 def _open(cores: Sequence[Tensor]) -> list[Tensor]:
     """Cores without the two boundary bonds of size 1."""
     opened = list(cores)
@@ -319,12 +257,11 @@ def _open(cores: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _plan(spec: NetworkSpec, tokens: int) -> Plan:
-    shapes = [list(shape) for shape in _core_shapes(spec)]
-    shapes[0], shapes[-1] = shapes[0][1:], shapes[-1][:-1] if len(shapes) > 1 else shapes[-1]
-    if len(shapes) == 1:
-        shapes[0] = shapes[0][:2]
+    shapes = list(_core_shapes(spec))
+    shapes[0] = shapes[0][1:]
+    shapes[-1] = shapes[-1][:-1]
     legs = (bucket(tokens), *spec.modes["in"])
-    return plan(chain(len(shapes), True), (legs, *(tuple(shape) for shape in shapes)), "a")
+    return plan(chain(len(shapes), True), (legs, *shapes), "a")
 
 
 def _core_shapes(spec: NetworkSpec) -> tuple[tuple[int, ...], ...]:
@@ -338,8 +275,3 @@ def _core_shapes(spec: NetworkSpec) -> tuple[tuple[int, ...], ...]:
 def _site_sizes(spec: NetworkSpec) -> tuple[int, ...]:
     out, into = paired_modes(spec.modes, spec.shape)
     return tuple(m * n for m, n in zip(out, into, strict=True))
-
-
-def _wide(core: Tensor) -> Tensor:
-    core = core.detach()
-    return (core.cpu() if core.device.type == "mps" else core).double()

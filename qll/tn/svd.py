@@ -121,6 +121,15 @@ def rank_for(s: Float[Tensor, "k"], rtol: float) -> int:
     return max(1, int((tails > rtol * rtol * tails[0]).sum()))
 
 
+def widened(tensor: Float[Tensor, "..."]) -> Float64[Tensor, "..."]:
+    """The tensor as factorisations want it: float64, outside autograd, on a device that has both.
+
+    >>> widened(torch.ones(1, dtype=torch.bfloat16)).dtype
+    torch.float64
+    """
+    return _on_factor_device(tensor).double()
+
+
 def _checked_options(
     matrix: Shaped[Tensor, "..."], rank: int | None, rtol: float | None, method: str
 ) -> int:
@@ -169,9 +178,7 @@ def _by_gram(
     return u, s, v.T, weight
 
 
-def _by_svd(
-    matrix: Tensor, rank: int, rtol: float | None
-) -> tuple[Tensor, Tensor, Tensor, float]:
+def _by_svd(matrix: Tensor, rank: int, rtol: float | None) -> tuple[Tensor, Tensor, Tensor, float]:
     if matrix.shape[0] > 2 * matrix.shape[1]:
         q, r = torch.linalg.qr(matrix)
         u, s, vh = _svd(r)
@@ -264,7 +271,10 @@ def _require_finite(matrix: Tensor) -> None:
     if not bool(torch.isfinite(matrix).all()):
         count = int((~torch.isfinite(matrix)).sum())
         raise NonFiniteError(
-            "the matrix has NaN or infinite entries", where="svd", expected=0, found=count,
+            "the matrix has NaN or infinite entries",
+            where="svd",
+            expected=0,
+            found=count,
             hint="check the weights for overflow before converting",
         )
 

@@ -24,9 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from string import ascii_lowercase, ascii_uppercase
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -42,9 +40,18 @@ from qll.tn.legs import exact, leading_basis, lookup, multiply, unfold
 from qll.tn.modes import merge, paired_modes, split
 from qll.tn.network import GAUGES, NetworkSpec, TensorShapes
 from qll.tn.svd import rank_for, singular_values
+from qll.tn.topology import (
+    TOKEN,
+    Node,
+    applied,
+    core_shapes,
+    core_terms,
+    leaves,
+    lowered,
+    nodes,
+)
 
 MAX_SITES = 12
-_TOKEN = "z"
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,7 @@ class Tree:
                 found=spec.ranks,
                 hint="call Tree.clamp(spec) first",
             )
-        shapes = _shapes(spec)
+        shapes = _shapes_of(spec)
         if spec.gauge == "none":
             return TensorShapes(shapes)
         rests = tuple((a * b - rank, rank) for a, b, rank in shapes[:-1])
@@ -81,7 +88,7 @@ class Tree:
         """Ranks at which any matrix of this shape is exact: the smaller side of each cut."""
         sizes = _site_sizes(spec)
         total = math.prod(sizes)
-        inside = [math.prod(sizes[node.first : node.last]) for node in _nodes(len(sizes))[:-1]]
+        inside = [math.prod(sizes[node.first : node.last]) for node in nodes(len(sizes))[:-1]]
         return tuple(min(size, total // size) for size in inside)
 
     @classmethod
@@ -97,7 +104,7 @@ class Tree:
             )
         ranks = [max(1, min(rank, top)) for rank, top in zip(spec.ranks, limits, strict=True)]
         while True:
-            clamped = _lowered(spec.with_ranks(ranks))
+            clamped = lowered(spec.modes["out"], spec.modes["in"], ranks)
             if clamped == ranks:
                 return spec.with_ranks(ranks)
             ranks = clamped
@@ -108,7 +115,7 @@ class Tree:
     ) -> list[Float64[Tensor, "_"]]:
         """Singular values over every bond: the sites below it against the others."""
         tensor = _sites(matrix, spec)
-        return [singular_values(_cut(tensor, node)) for node in _nodes(tensor.ndim)[:-1]]
+        return [singular_values(_cut(tensor, node)) for node in nodes(tensor.ndim)[:-1]]
 
     @classmethod
     def decompose(cls, matrix: Float[Tensor, "out into"], spec: NetworkSpec) -> Tree:
@@ -138,7 +145,7 @@ class Tree:
     def transform_legs(self, out: Sequence[Tensor | None], into: Sequence[Tensor | None]) -> Tree:
         """Row leg k times out[k] (left), column leg k times into[k] (right); same gauge."""
         cores = list(self.expand().cores)
-        for position, left, right in zip(_leaves(self._sites), out, into, strict=True):
+        for position, left, right in zip(leaves(self._sites), out, into, strict=True):
             if left is not None:
                 cores[position] = multiply(cores[position], 0, left.to(cores[position]))
             if right is not None:
@@ -151,7 +158,7 @@ class Tree:
         if self.spec.gauge == "interpolative":
             return self
         cores, pivots = [exact(core) for core in self.cores], []
-        for position, node in enumerate(_nodes(self._sites)[:-1]):
+        for position, node in enumerate(nodes(self._sites)[:-1]):
             matrix = cores[position].flatten(0, 1)
             cores[position], chosen = interpolative(matrix)
             cores[node.parent] = multiply(cores[node.parent], node.leg, matrix[chosen])
@@ -167,14 +174,14 @@ class Tree:
         """The same matrix with gauge "none": the identity blocks written out."""
         if self.spec.gauge == "none":
             return self
-        stored = zip(self.indices, self.cores[:-1], _shapes(self.spec), strict=False)
+        stored = zip(self.indices, self.cores[:-1], self._shapes, strict=False)
         cores = (write(pivots, rest).reshape(shape) for pivots, rest, shape in stored)
         return Tree(self.spec.with_gauge("none"), (*cores, self.cores[-1]))
 
     def to_matrix(self) -> Float[Tensor, "out into"]:
         """The dense matrix."""
-        terms = _terms(self._sites)
-        pairs = "".join(terms[position][:2] for position in _leaves(self._sites))
+        terms = core_terms(self._sites)
+        pairs = "".join(terms[position][:2] for position in leaves(self._sites))
         tensor = contract(f"{','.join(terms)}->{pairs}", *self.expand().cores)
         return merge(tensor, self.spec.shape)
 
@@ -189,28 +196,28 @@ class Tree:
         legs = self.spec.modes["in"]
         padded = pad(x, (0, math.prod(legs) - self.spec.shape[1]))
         cores = self.expand().cores
-        y = contract(_applied(self._sites), padded.reshape(-1, *legs), *cores, tokens=_TOKEN)
+        y = contract(applied(self._sites), padded.reshape(-1, *legs), *cores, tokens=TOKEN)
         return y.reshape(*x.shape[:-1], -1)[..., : self.spec.shape[0]]
 
     def rows(self, ids: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch into"]:
         """Rows `ids`: one row of every leaf, contracted up the tree."""
         digits = torch.unravel_index(ids.reshape(-1), self.spec.modes["out"])
-        terms, cores = _terms(self._sites), list(self._inner())
-        for position, digit in zip(_leaves(self._sites), digits, strict=True):
+        terms, cores = core_terms(self._sites), list(self._inner())
+        for position, digit in zip(leaves(self._sites), digits, strict=True):
             cores[position] = self._leaf_rows(position, digit)
-            terms[position] = _TOKEN + terms[position][1:]
-        legs = "".join(terms[position][1] for position in _leaves(self._sites))
-        found = contract(f"{','.join(terms)}->{_TOKEN}{legs}", *cores, tokens=_TOKEN)
+            terms[position] = TOKEN + terms[position][1:]
+        legs = "".join(terms[position][1] for position in leaves(self._sites))
+        found = contract(f"{','.join(terms)}->{TOKEN}{legs}", *cores, tokens=TOKEN)
         return found.reshape(*ids.shape, -1)[..., : self.spec.shape[1]]
 
     def flops(self, tokens: int) -> int:
         """Floating-point operations of `apply` to `tokens` vectors."""
-        shapes = ((tokens, *self.spec.modes["in"]), *_shapes(self.spec))
-        return plan(_applied(self._sites), shapes, _TOKEN).flops({_TOKEN: tokens})
+        shapes = ((tokens, *self.spec.modes["in"]), *self._shapes)
+        return plan(applied(self._sites), shapes, TOKEN).flops({TOKEN: tokens})
 
     def bond_spectrum(self, k: int) -> Float64[Tensor, "_"]:
         """Singular values over bond k: the sites below core k against the others."""
-        spectrum = singular_values(_cut(self._reduced()[0], _nodes(self._sites)[k]))
+        spectrum = singular_values(_cut(self._reduced()[0], nodes(self._sites)[k]))
         return spectrum[: self.spec.ranks[k]]
 
     def entropy(self, k: int) -> float:
@@ -230,7 +237,7 @@ class Tree:
         lower = [min(new, old) for new, old in zip(ranks, self.spec.ranks, strict=True)]
         spec = self.clamp(self.spec.with_ranks(lower))
         cores = _fit(tensor, lambda k, _: spec.ranks[k])
-        for position, left in zip(_leaves(self._sites), outer, strict=True):
+        for position, left in zip(leaves(self._sites), outer, strict=True):
             cores[position] = left @ cores[position]
         result = _stored(spec, cores, like=self.cores[0])
         return result.interpolate() if self.spec.gauge == "interpolative" else result
@@ -239,14 +246,18 @@ class Tree:
     def _sites(self) -> int:
         return len(self.spec.modes["out"])
 
+    @property
+    def _shapes(self) -> tuple[tuple[int, int, int], ...]:
+        return _shapes_of(self.spec)
+
     def _inner(self) -> tuple[Tensor, ...]:
         """Cores with the inner ones written out and the leaves as stored."""
         if self.spec.gauge == "none":
             return self.cores
-        leaves, shapes = set(_leaves(self._sites)), _shapes(self.spec)
+        written, shapes = set(leaves(self._sites)), self._shapes
         return tuple(
             core
-            if position in leaves or position == len(shapes) - 1
+            if position in written or position == len(shapes) - 1
             else write(self.indices[position], core).reshape(shapes[position])
             for position, core in enumerate(self.cores)
         )
@@ -254,7 +265,7 @@ class Tree:
     def _leaf_rows(self, position: int, digit: Int[Tensor, " t"]) -> Float[Tensor, "t n rank"]:
         if self.spec.gauge == "none" or position == len(self.cores) - 1:
             return self.cores[position][digit]
-        columns = _shapes(self.spec)[position][1]
+        columns = self._shapes[position][1]
         pairs = digit[:, None] * columns + torch.arange(columns, device=digit.device)
         return lookup(self.cores[position], self.indices[position], pairs)
 
@@ -262,82 +273,10 @@ class Tree:
         """The tensor between orthonormal leaves, and these leaves [m n, k], float64."""
         cores = [exact(core) for core in self.expand().cores]
         outer = []
-        for position in _leaves(self._sites):
+        for position in leaves(self._sites):
             left, cores[position] = torch.linalg.qr(cores[position].flatten(0, 1))
             outer.append(left)
         return _between(cores, self._sites), outer
-
-
-@dataclass(frozen=True)
-class _Node:
-    """Sites first..last-1 below a core, its children's positions, and where its bond leads."""
-
-    first: int
-    last: int
-    children: tuple[int, ...]
-    parent: int
-    leg: int
-
-
-@lru_cache(maxsize=64)
-def _nodes(sites: int) -> tuple[_Node, ...]:
-    """The tree over `sites` leaves in post-order; the last node is the sink."""
-    found: list[_Node] = []
-
-    def grow(first: int, last: int) -> int:
-        children: tuple[int, ...] = ()
-        if last - first > 1:
-            middle = first + (last - first + 1) // 2
-            children = (grow(first, middle), grow(middle, last))
-        found.append(_Node(first, last, children, -1, 2))
-        for leg, child in enumerate(children):
-            found[child] = replace(found[child], parent=len(found) - 1, leg=leg)
-        return len(found) - 1
-
-    left = grow(0, (sites + 1) // 2)
-    sink = grow((sites + 1) // 2, sites)
-    found[left] = replace(found[left], parent=sink, leg=2)
-    return tuple(found)
-
-
-@lru_cache(maxsize=64)
-def _leaves(sites: int) -> tuple[int, ...]:
-    """Positions of the leaves among the cores, by site."""
-    return tuple(k for k, node in enumerate(_nodes(sites)) if not node.children)
-
-
-def _bond(sites: int, position: int) -> int:
-    """The bond on the last leg of a core: its own, or for the sink that of the left half."""
-    nodes = _nodes(sites)
-    if position < len(nodes) - 1:
-        return position
-    return next(k for k, node in enumerate(nodes[:-1]) if (node.parent, node.leg) == (position, 2))
-
-
-def _shapes(spec: NetworkSpec) -> tuple[tuple[int, ...], ...]:
-    """Core shapes in gauge "none"."""
-    pairs = list(zip(spec.modes["out"], spec.modes["in"], strict=True))
-    shapes = []
-    for position, node in enumerate(_nodes(len(pairs))):
-        below = tuple(spec.ranks[child] for child in node.children) or pairs[node.first]
-        shapes.append((*below, spec.ranks[_bond(len(pairs), position)]))
-    return tuple(shapes)
-
-
-def _lowered(spec: NetworkSpec) -> list[int]:
-    """Every rank lowered to the product of the other two legs at both of its cores."""
-    ranks, sites = list(spec.ranks), len(spec.modes["out"])
-    for position, node in enumerate(_nodes(sites)):
-        bond = _bond(sites, position)
-        if not node.children:
-            out, into = spec.modes["out"][node.first], spec.modes["in"][node.first]
-            ranks[bond] = min(ranks[bond], out * into)
-            continue
-        bonds = (*node.children, bond)
-        for own in bonds:
-            others = math.prod(ranks[other] for other in bonds if other != own)
-            ranks[own] = min(ranks[own], others)
-    return ranks
 
 
 def _fit(
@@ -347,21 +286,17 @@ def _fit(
 
     Leaves come back as [size, r], inner cores as [r_left, r_right, r].
     """
-    sites = tensor.ndim
-    nodes, leaves = _nodes(sites), _leaves(sites)
-    legs, cores = list(leaves), [tensor] * len(nodes)
-    order = [*leaves, *(k for k in range(len(nodes)) if k not in leaves)]
-    for position in order:
-        if position == len(nodes) - 1:
-            continue
-        if nodes[position].children:
-            place = legs.index(nodes[position].children[0])
-            legs[place : place + 2] = [position]
-            shape = tensor.shape[place : place + 2]
-            tensor = tensor.flatten(place, place + 1)
-        else:
-            place = legs.index(position)
-            shape = tensor.shape[place : place + 1]
+    tree, below = nodes(tensor.ndim), leaves(tensor.ndim)
+    inner = [position for position in range(len(tree)) if position not in below]
+    legs, cores = list(below), [tensor] * len(tree)
+    for position in (*below, *inner):
+        if position == len(tree) - 1:
+            continue  # the sink is what remains
+        place = legs.index((*tree[position].children, position)[0])
+        merged = len(tree[position].children) or 1
+        shape = tensor.shape[place : place + merged]
+        tensor = tensor.flatten(place, place + merged - 1)
+        legs[place : place + merged] = [position]
         unfolded = unfold(tensor, place)
         basis = leading_basis(unfolded, pick(position, unfolded))
         cores[position] = basis.reshape(*shape, -1)
@@ -377,39 +312,25 @@ def _within(
 
     Fitting the result at these ranks, clamped, is exact: a wider bond is redundant.
     """
-    share = rtol / math.sqrt(len(_nodes(tensor.ndim)) - 1)
+    share = rtol / math.sqrt(len(nodes(tensor.ndim)) - 1)
     cores = _fit(tensor, lambda _, unfolded: rank_for(singular_values(unfolded), share))
     return _between(cores, tensor.ndim), [core.shape[-1] for core in cores[:-1]]
 
 
 def _between(cores: Sequence[Tensor], sites: int) -> Tensor:
     """The tensor, one leg per site, of cores whose leaves are matrices."""
-    terms = _terms(sites)
-    for position in _leaves(sites):
+    terms = core_terms(sites)
+    for position in leaves(sites):
         terms[position] = terms[position][1:]
-    legs = "".join(terms[position][0] for position in _leaves(sites))
+    legs = "".join(terms[position][0] for position in leaves(sites))
     return contract(f"{','.join(terms)}->{legs}", *cores)
 
 
-def _terms(sites: int) -> list[str]:
-    """Einsum terms of the cores: bond k is the k-th small letter, site k has two capitals."""
-    terms = []
-    for position, node in enumerate(_nodes(sites)):
-        below = [ascii_lowercase[child] for child in node.children]
-        own = below or ascii_uppercase[2 * node.first : 2 * node.first + 2]
-        terms.append("".join(own) + ascii_lowercase[_bond(sites, position)])
-    return terms
+def _shapes_of(spec: NetworkSpec) -> tuple[tuple[int, int, int], ...]:
+    return core_shapes(tuple(spec.modes["out"]), tuple(spec.modes["in"]), tuple(spec.ranks))
 
 
-@lru_cache(maxsize=64)
-def _applied(sites: int) -> str:
-    """The einsum equation of x [tokens, in legs] and the cores."""
-    terms = _terms(sites)
-    out, into = ("".join(terms[position][side] for position in _leaves(sites)) for side in (0, 1))
-    return f"{_TOKEN}{into},{','.join(terms)}->{_TOKEN}{out}"
-
-
-def _cut(tensor: Tensor, node: _Node) -> Float[Tensor, "inside outside"]:
+def _cut(tensor: Tensor, node: Node) -> Float[Tensor, "inside outside"]:
     """The tensor's sites below a node against the others."""
     inside = list(range(node.first, node.last))
     outside = [leg for leg in range(tensor.ndim) if leg not in inside]
@@ -438,6 +359,6 @@ def _sites(matrix: Tensor, spec: NetworkSpec) -> Tensor:
 
 def _stored(spec: NetworkSpec, cores: Sequence[Tensor], like: Tensor) -> Tree:
     dtype = torch.promote_types(like.dtype, torch.float32)
-    shaped = (core.reshape(shape) for core, shape in zip(cores, _shapes(spec), strict=True))
+    shaped = (core.reshape(shape) for core, shape in zip(cores, _shapes_of(spec), strict=True))
     stored = tuple(core.to(like.device, dtype).contiguous() for core in shaped)
     return Tree(spec.with_gauge("none"), stored)

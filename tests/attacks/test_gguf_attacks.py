@@ -151,28 +151,23 @@ def test_each_lie_has_its_error(tmp_path, lie):
 
 
 def test_every_lie_is_cheap(tmp_path, tiny_gguf_file):
+    """Also in gigabytes of zeros, which make endlessly many strings, or one endless string."""
     paths = []
     for place, (data, _) in enumerate(LIES.values()):
         paths.append(tmp_path / f"{place}.gguf")
         paths[-1].write_bytes(data)
-    for path, (found, seconds, grown, _) in watched(tiny_gguf_file, *paths).items():
-        assert found in ("HeaderError", "TruncatedFileError"), path
-        assert seconds < 2, (path, seconds)
-        assert grown < 50, (path, grown)
-
-
-def test_header_that_fills_a_sparse_file_is_cut_off(tmp_path, tiny_gguf_file):
-    """Gigabytes of zeros make endless empty strings, and one endless string: both are refused."""
     strings, string = tmp_path / "strings.gguf", tmp_path / "string.gguf"
     strings.write_bytes(head(keys=1) + pair("a", ARRAY, array(STRING, 1 << 28)))
     string.write_bytes(head(keys=1) + pair("a", STRING, text("", 1 << 32)))
     for path in (strings, string):
         with open(path, "r+b") as file:
             file.truncate(8 << 30)
-    for path, (found, seconds, grown, _) in watched(tiny_gguf_file, strings, string).items():
-        assert (path, found) == (path, "HeaderError")
-        assert seconds < 2
-        assert grown < 50
+    results = watched(tiny_gguf_file, *paths, strings, string)
+    assert {results[strings][0], results[string][0]} == {"HeaderError"}
+    for path, (found, seconds, grown, _) in results.items():
+        assert found in ("HeaderError", "TruncatedFileError"), path
+        assert seconds < 5, (path, seconds)
+        assert grown < 50, (path, grown)
 
 
 def test_file_without_a_model_is_a_config_error(tmp_path):

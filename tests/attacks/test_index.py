@@ -45,6 +45,8 @@ def point(folder: Path, target: object) -> None:
         "..\\outside.safetensors",
         "",
         "a\0b",
+        "a\ud800b",
+        "a\nb",
         None,
         7,
         ["model.safetensors"],

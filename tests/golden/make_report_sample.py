@@ -259,6 +259,8 @@ def make() -> dict[str, Any]:
         },
         compression={
             "keep": round(kept / block_params, 4),
+            "keep_requested": 0.85,
+            "metric": "kfac",
             "params_ratio": round(params_converted / params, 4),
             "bytes_ratio": round(params_converted / params, 4),
             "dtype": "bfloat16",

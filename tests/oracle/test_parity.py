@@ -38,7 +38,8 @@ ROPE_31 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-MODELS = {"untied": {}, "tied": {"tied": True}, "llama3_rope": {"rope_parameters": ROPE_31}}
+SCALED = {"rope_parameters": ROPE_31, "max_position_embeddings": 131072}
+MODELS = {"untied": {}, "tied": {"tied": True}, "llama3_rope": SCALED}
 LAYOUTS = {
     "hf": lambda model, folder: write_hf_folder(model, folder),
     "hf_sharded": lambda model, folder: write_hf_folder(model, folder, max_shard_size="100KB"),
@@ -134,7 +135,7 @@ def test_wrong_row_order_is_a_large_difference():
 
 
 def test_scaled_rope_is_a_visible_difference():
-    plain, scaled = make_tiny_llama(seed=5), make_tiny_llama(seed=5, rope_parameters=ROPE_31)
+    plain, scaled = make_tiny_llama(seed=5), make_tiny_llama(seed=5, **SCALED)
     assert difference(logits_of(plain), logits_of(scaled)) > 1e-4
 
 

@@ -36,7 +36,7 @@ def moments(out: int, into: int, seed: int) -> LinearMoments:
     torch.manual_seed(seed)
     x = torch.randn(64, into, dtype=torch.float64) @ torch.randn(into, into, dtype=torch.float64)
     g = torch.randn(64, out, dtype=torch.float64) @ torch.randn(out, out, dtype=torch.float64)
-    return LinearMoments(input=x.T @ x, grad=g.T @ g, tokens=64)
+    return LinearMoments(input=x.T @ x, grad=g.T @ g, tokens=64, grad_tokens=64)
 
 
 def full(spec: NetworkSpec) -> NetworkSpec:

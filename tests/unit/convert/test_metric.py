@@ -12,7 +12,7 @@ def random_moments(out: int = 5, into: int = 7, samples: int = 40) -> tuple:
     torch.manual_seed(0)
     x = torch.randn(samples, into, dtype=torch.float64) * torch.linspace(0.1, 3, into)
     g = torch.randn(samples, out, dtype=torch.float64) * torch.linspace(2, 0.1, out)
-    return x, g, LinearMoments(input=x.T @ x, grad=g.T @ g, tokens=samples)
+    return x, g, LinearMoments(input=x.T @ x, grad=g.T @ g, tokens=samples, grad_tokens=samples)
 
 
 def test_activation_norm_is_the_output_error_on_the_sample(monkeypatch):

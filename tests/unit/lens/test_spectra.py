@@ -119,6 +119,15 @@ def test_what_cannot_be_compared_is_refused():
         matrix_entropies("w", torch.full((4, 4), float("nan")))
 
 
+def test_chunks_of_a_long_matrix_add_up(monkeypatch):
+    matrix = noise(500, 12)
+    whole = look("w", matrix)
+    monkeypatch.setattr("qll.lens.spectra.CHUNK", 100)
+    chunked = look("w", matrix)
+    for one, other in zip(whole.entropies, chunked.entropies, strict=True):
+        assert one["nats"] == pytest.approx(other["nats"], abs=1e-12)
+
+
 def test_zero_matrix_has_finite_numbers():
     seen = look("w", torch.zeros(8, 8))
     assert all(np.isfinite(entry["nats"]) for entry in seen.entropies)

@@ -26,7 +26,7 @@ def test_float32_file(tiny_gguf_file, tiny_llama):
 
 def test_config_is_that_of_the_model(tiny_gguf_file, tiny_llama):
     found, expected = open_source(tiny_gguf_file).config.to_dict(), tiny_llama.config.to_dict()
-    for key in ("dtype", "transformers_version", "use_cache"):
+    for key in ("architectures", "dtype", "transformers_version", "use_cache"):
         found.pop(key, None), expected.pop(key, None)
     assert found == expected | {"initializer_range": 0.02}
 
@@ -163,7 +163,17 @@ def test_rotary_factors_become_llama_3_scaling(tmp_path, factor):
     torch.testing.assert_close(again, model.model.rotary_emb.inv_freq)
 
 
-@pytest.mark.parametrize("factors", [torch.full((8,), 3.0), torch.ones(7), torch.zeros(8)])
+@pytest.mark.parametrize(
+    "factors",
+    [
+        torch.full((8,), 3.0),
+        torch.zeros(8),
+        torch.full((8,), float("nan")),
+        torch.full((8,), float("inf")),
+        torch.ones(7),
+        torch.ones(8, 1),
+    ],
+)
 def test_unknown_rotary_factors_are_refused(tmp_path, tiny_llama, factors):
     extra = {"rope_freqs.weight": factors}
     with pytest.raises(ConfigError, match="rope_freqs"):
@@ -190,11 +200,40 @@ def test_tied_file_has_no_output(tmp_path):
         {"llama.rope.scaling.type": "yarn"},
         {"llama.rope.scaling.type": "linear"},  # without its factor
         {"llama.attention.key_length": 32},  # unlike rope.dimension_count
+        {"llama.attention.key_length": "16"},
+        {"llama.attention.key_length": 0},
     ],
 )
 def test_variants_we_do_not_implement_are_refused(tmp_path, tiny_llama, metadata):
     with pytest.raises(ConfigError):
         open_source(write_gguf(tiny_llama, tmp_path / "a.gguf", metadata=metadata))
+
+
+def test_quantised_vectors_are_read(tmp_path, tiny_llama):
+    """Blocks straddle the entries of a vector, so a slice of it needs the whole."""
+    from qll.load.gguf import GGUFTensor
+
+    path = tmp_path / "a.gguf"
+    vector = np.linspace(-1, 1, 64, dtype=np.float32)
+    quantisation = gguf.GGMLQuantizationType.Q8_0
+    raw = gguf.quants.quantize(vector, quantisation)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tensor("w", raw, raw_dtype=quantisation)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    tensor = GGUFTensor(path, read_header(path).tensors["w"])
+    assert tensor.spec.shape == (64,)
+    np.testing.assert_allclose(tensor.read(0, 64).numpy(), vector, atol=0.005)
+    assert torch.equal(tensor.read(5, 40), tensor.read(0, 64)[5:40])
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "blk.00.attn_q.weight"])
+def test_one_tensor_under_two_names_is_refused(tmp_path, tiny_llama, name):
+    extra = {name: weights(tiny_llama)["model.norm.weight"]}
+    with pytest.raises(MissingTensorError):
+        open_source(write_gguf(tiny_llama, tmp_path / "a.gguf", extra=extra))
 
 
 def test_bias_is_refused(tmp_path, tiny_llama):

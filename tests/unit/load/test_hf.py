@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 import shutil
 from pathlib import Path
 
@@ -147,6 +148,14 @@ def test_header_agrees_with_the_library(tiny_hf_folder):
         assert set(file.keys()) == set(ours)
 
 
+@pytest.mark.parametrize("fixture", ["tiny_hf_folder", "tiny_meta_folder", "tiny_gguf_file"])
+def test_sources_travel_to_other_processes(request, fixture, tiny_llama):
+    source = open_source(request.getfixturevalue(fixture))
+    again = pickle.loads(pickle.dumps(source))
+    assert again.fingerprint == source.fingerprint
+    assert_same(again, tiny_llama)
+
+
 def test_fingerprint_changes_with_weights_config_and_nothing_else(hf_copy, tmp_path, tiny_llama):
     first = open_source(hf_copy).fingerprint
     assert open_source(shutil.copytree(hf_copy, tmp_path / "same")).fingerprint == first
@@ -218,6 +227,8 @@ def test_no_rope_names_both_keys(rope):
         {"rope_parameters": LLAMA_3_ROPE | {"high_freq_factor": 1.0}},
         {"rope_theta": -1.0},
         {"rope_theta": float("inf")},
+        {"rope_theta": 10**400},
+        {"rope_theta": True},
         {"rope_theta": "10000"},
         {"hidden_size": None},
         {"hidden_size": "64"},

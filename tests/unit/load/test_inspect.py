@@ -71,9 +71,8 @@ def test_source_adds_format_row_order_dtype_and_bytes(tmp_path):
     assert facts["bytes"]["on_disk"] == (tmp_path / "model.safetensors").stat().st_size
 
 
-def test_row_order_of_the_embedded_model_is_stated():
-    source = open_source(None)
-    facts = describe(source.config, source)
+def test_row_order_of_the_embedded_model_is_stated(smollm2_source):
+    facts = describe(smollm2_source.config, smollm2_source)
     assert facts["row_order"] == "interleaved"
     assert "permuted to half_split" in render(facts)
 

@@ -72,6 +72,7 @@ def test_scaled_rope_of_llama_3(tmp_path, caplog, tied, factor):
         source = open_source(write_meta_folder(model, tmp_path / "meta"))
     assert source.config.rope_parameters == LLAMA_3_ROPE | {"factor": factor}
     assert "use_scaled_rope" in caplog.text
+    assert ("tied" in caplog.text) == tied
     assert_same(source, model)
 
 

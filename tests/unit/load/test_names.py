@@ -59,7 +59,17 @@ def test_outer_names_go_there_and_back(name):
     assert hf_name_of_gguf(gguf_name(f"{name}.weight")) == f"{name}.weight"
 
 
-@pytest.mark.parametrize("name", ["layers.0.attention.wq.bias", "layers.x.attention.wq.weight", ""])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "layers.0.attention.wq.bias",
+        "layers.x.attention.wq.weight",
+        "layers.00.attention.wq.weight",
+        "blk.\u0663.attn_q.weight",
+        f"blk.{'9' * 5000}.attn_q.weight",
+        "",
+    ],
+)
 def test_foreign_names_are_left_alone(name):
     assert hf_name_of_meta(name) == name
     assert hf_name_of_gguf(name) == name

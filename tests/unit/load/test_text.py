@@ -10,20 +10,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from qll.errors import MissingFileError, TextError
-from qll.load.source import open_source
 from qll.load.text import LEAK_WORDS, Text, builtin_texts, encode, read_text
-from qll.load.tokenizer import open_tokenizer
 from qll.load.tokenizer_build import Piece, byte_level_bpe, sentencepiece_bpe, to_transformers
 
 
 def runs(text: str, length: int = LEAK_WORDS) -> set[str]:
     words = text.split()
     return {" ".join(words[i : i + length]) for i in range(len(words) - length + 1)}
-
-
-@pytest.fixture(scope="module")
-def smollm2():
-    return open_tokenizer(open_source(None))
 
 
 @pytest.fixture(scope="module")

@@ -47,11 +47,6 @@ def ids_of(tokenizer, texts) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def smollm2():
-    return open_tokenizer(open_source(None))
-
-
-@pytest.fixture(scope="module")
 def meta_file() -> Path:
     package = importlib.util.find_spec("llama_models").submodule_search_locations[0]
     return Path(package, "llama3", "tokenizer.model")
@@ -84,24 +79,24 @@ def test_transformers_own_gguf_path_does_not_split_digits(smollm2):
 
 @pytest.mark.parametrize("pre", GOLDEN["byte_level"]["ids"])
 def test_every_split_pattern_cuts_as_llama_cpp_does(pre):
-    tokenizer = from_gguf_metadata(metadata("byte_level", pre=pre), Path("golden.gguf"))
+    tokenizer = from_gguf_metadata(metadata("byte_level", pre=pre))
     assert ids_of(tokenizer, GOLDEN["texts"]) == GOLDEN["byte_level"]["ids"][pre]
 
 
 def test_sentencepiece_vocabulary_gives_the_ids_of_llama_cpp():
-    tokenizer = from_gguf_metadata(metadata("sentencepiece"), Path("golden.gguf"))
+    tokenizer = from_gguf_metadata(metadata("sentencepiece"))
     assert ids_of(tokenizer, GOLDEN["texts"]) == GOLDEN["sentencepiece"]["ids"]
 
 
 def test_unknown_pre_tokenizer_names_those_we_know():
     with pytest.raises(TokenizerError) as caught:
-        from_gguf_metadata(metadata("byte_level", pre="martian"), Path("x.gguf"))
+        from_gguf_metadata(metadata("byte_level", pre="martian"))
     assert "martian" in str(caught.value)
     assert all(name in str(caught.value) for name in PRE_TOKENIZERS)
 
 
 def test_missing_pre_tokenizer_is_default_with_a_warning(caplog):
-    tokenizer = from_gguf_metadata(metadata("byte_level"), Path("x.gguf"))
+    tokenizer = from_gguf_metadata(metadata("byte_level"))
     assert ids_of(tokenizer, GOLDEN["texts"]) == GOLDEN["byte_level"]["ids"]["default"]
     assert "tokenizer.ggml.pre" in caplog.text
 
@@ -118,14 +113,14 @@ def test_missing_pre_tokenizer_is_default_with_a_warning(caplog):
     ],
 )
 def test_bos_follows_the_file_or_the_defaults_of_llama_cpp(name, changes, bos):
-    tokenizer = from_gguf_metadata(metadata(name, **changes), Path("x.gguf"))
+    tokenizer = from_gguf_metadata(metadata(name, **changes))
     plain = tokenizer("text", add_special_tokens=False)["input_ids"]
     first = [GOLDEN[name]["bos"]] if bos else []
     assert tokenizer("text")["input_ids"] == first + plain
 
 
 def test_eos_is_added_when_the_file_says_so():
-    tokenizer = from_gguf_metadata(metadata("sentencepiece", add_eos_token=True), Path("x.gguf"))
+    tokenizer = from_gguf_metadata(metadata("sentencepiece", add_eos_token=True))
     ids = tokenizer("text")["input_ids"]
     assert (ids[0], ids[-1]) == (1, 2)
 
@@ -246,7 +241,7 @@ def hf_folder(folder: Path, tokenizer, config: dict) -> Path:
 
 @pytest.fixture
 def plain():
-    return from_gguf_metadata(metadata("byte_level", pre="smollm"), Path("x.gguf"))
+    return from_gguf_metadata(metadata("byte_level", pre="smollm"))
 
 
 @pytest.mark.parametrize("bos", ["<|im_end|>", {"content": "<|im_end|>", "lstrip": False}])
@@ -335,7 +330,7 @@ def test_byte_level_round_trip(text, smollm2):
 @settings(derandomize=True, max_examples=60, deadline=None)
 @given(text=st.text(max_size=40))
 def test_sentencepiece_round_trip(text):
-    tokenizer = from_gguf_metadata(metadata("sentencepiece"), Path("x.gguf"))
+    tokenizer = from_gguf_metadata(metadata("sentencepiece"))
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     # a metaspace in the text is the one character SentencePiece cannot keep
     assert tokenizer.decode(ids) == text.replace("\N{LOWER ONE EIGHTH BLOCK}", " ")

@@ -84,3 +84,16 @@ def test_stages_add_up(sample):
 )
 def test_numbers(value, text):
     assert units.number(value) == text
+
+
+def test_shape_is_taken_from_the_spectrum_when_the_row_has_none(small):
+    del small["compression"]["per_matrix"][0]["shape"]
+    facts = dict(view(small)["data"]["matrices"][0]["facts"])
+    assert facts["shape, out\u00d7in"] == "576\u00d7576"
+
+
+def test_provenance_unfolds_groups_into_rows(small):
+    small["provenance"] = {"settings": {"seed": 0, "texts": {"context": 128, "calib": None}}}
+    rows = dict(view(small)["provenance"])
+    assert rows["settings"] == "seed 0"
+    assert rows["settings texts"] == "context 128, calib -"

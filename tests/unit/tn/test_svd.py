@@ -106,7 +106,7 @@ def test_randomised_stops_at_rtol():
 def test_singular_values_agree_with_numpy(shape):
     matrix = noise(*shape)
     expected = np.linalg.svd(matrix.numpy(), compute_uv=False)
-    np.testing.assert_allclose(singular_values(matrix).numpy(), expected, rtol=1e-10)
+    np.testing.assert_allclose(singular_values(matrix).numpy(), expected, rtol=1e-7)
 
 
 def test_singular_values_resolve_zeros():
