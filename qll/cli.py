@@ -103,7 +103,7 @@ def convert(config: MainConfig) -> None:
 
 def inspect(config: InspectConfig) -> None:
     """Print what a checkpoint is made of."""
-    from qll.load import inspect_path, render
+    from qll.load.inspect import inspect_path, render
 
     description = inspect_path(config.llama_dir)
     print(json.dumps(description, indent=1) if config.json else render(description))

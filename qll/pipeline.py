@@ -19,8 +19,9 @@ from qll.calibrate import MomentStore, collect
 from qll.config import EvalConfig, GenerateConfig, MainConfig
 from qll.convert import Plan, assemble, convert_units, load_plan, make_plan, saved_dtype
 from qll.errors import UsageError
-from qll.load import Source, Text, builtin_texts, encode, open_source, open_tokenizer, read_text
+from qll.load import Source, builtin_texts, encode, open_source, open_tokenizer, read_text
 from qll.runfolder import Run, claim, is_done, recording, timed, total_seconds
+from qll.runtexts import calibration_facts, calibration_text, evaluation_texts
 
 logger = logging.getLogger("qll.pipeline")
 
@@ -57,7 +58,9 @@ def start(config: MainConfig) -> Run:
     """Open the inputs and choose the device; nothing is written yet."""
     torch.manual_seed(config.seed)
     device = choose_device(config.device)
-    if config.llama_dir is not None and _inside(config.out, config.llama_dir):
+    if config.llama_dir is not None and config.out.resolve().is_relative_to(
+        config.llama_dir.resolve()
+    ):
         raise UsageError(
             "the output would go into the checkpoint",
             where="--out",
@@ -257,38 +260,13 @@ def report(
         model=model_section(state.source),
         compression=compression_section(state.source, plan, records, state.model, dtype),
         entropy=entropy,
-        quality={"texts": results["texts"], "calibration": calibration_facts(state)},
+        quality={"texts": results["texts"], "calibration": calibration_facts(state.config)},
         cost={**results["cost"], "seconds": total_seconds(state)},
         warnings=state.warnings,
         provenance=store.read_json(state.out / "run.json"),
     )
     store.write_text(state.out / "report.html", render(value))
     store.write_json(state.out / "report.json", value)
-
-
-def calibration_text(config: MainConfig) -> Text:
-    """The text of --calib_text, or the calibration half of Python's topics."""
-    if config.texts.calib_text is not None:
-        return read_text(config.texts.calib_text)
-    return builtin_texts()["python_topics_calibration"]
-
-
-def evaluation_texts(config: MainConfig) -> list[Text]:
-    """The text asked for (or the half of the topics that calibration did not see), and one out of
-    the calibration domain. Raises UsageError when calibration and evaluation coincide.
-    """
-    builtin, texts = builtin_texts(), config.texts
-    topics, code = builtin["python_topics_evaluation"], builtin["python_source"]
-    chosen = [topics if texts.eval_text is None else read_text(texts.eval_text)]
-    chosen.append(code if texts.calib_text is None else topics)
-    if chosen[0].sha256 == calibration_text(config).sha256:
-        raise UsageError(
-            "the evaluation text is the calibration text",
-            where="--eval_text",
-            found=texts.eval_text,
-            hint="give a text that calibration does not see",
-        )
-    return list({text.sha256: text for text in chosen}.values())
 
 
 def needed_bytes(state: Run) -> int:
@@ -306,12 +284,3 @@ def needed_bytes(state: Run) -> int:
     grads = 3 * d_model**2 + 2 * d_kv**2 + 2 * d_ff**2
     share = {"plain": 0, "activation": inputs, "kfac": inputs + grads}[state.config.convert.metric]
     return 2 * weights + 4 * share * config.num_hidden_layers + (1 << 24)
-
-
-def calibration_facts(state: Run) -> dict[str, Any]:
-    text, texts = calibration_text(state.config), state.config.texts
-    return {"name": text.name, "sha256": text.sha256, "tokens": texts.calib_tokens}
-
-
-def _inside(path: Path, folder: Path) -> bool:
-    return path.resolve().is_relative_to(folder.resolve())

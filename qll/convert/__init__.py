@@ -1,4 +1,4 @@
-"""Weights -> tensor networks: metric -> plan -> fit -> write. Read plan.py first.
+"""Weights -> tensor networks: metric -> plan -> fit -> write. Read planner.py first.
 
 Input: a Source and its MomentStore. Output: a plan, and a folder of shards.
 `FORMATS` names what --format accepts; each is fitted by `fit` in the metric of its unit.
@@ -6,7 +6,9 @@ Input: a Source and its MomentStore. Output: a plan, and a folder of shards.
 
 from qll.callable_room import callable_room
 from qll.convert.fit import fit
-from qll.convert.plan import Plan, PlanEntry, load_plan, make_plan, metrics_of, read_weights
+from qll.convert.plan import Plan, PlanEntry, load_plan
+from qll.convert.planner import make_plan
+from qll.convert.weights import metrics_of, read_weights
 from qll.convert.write import assemble, convert_units, saved_dtype
 from qll.tn import JOINTS, NETWORKS
 

@@ -21,8 +21,9 @@ from qll import store
 from qll.calibrate import MomentStore
 from qll.config import ConvertOptions
 from qll.convert.fit import fit
-from qll.convert.plan import Plan, PlanEntry, metrics_of, read_weights
+from qll.convert.plan import Plan, PlanEntry
 from qll.convert.units import HEAD, tensor_path
+from qll.convert.weights import metrics_of, read_weights
 from qll.load import Source
 from qll.model import gain_of
 
@@ -164,7 +165,9 @@ def _record(
     return {
         "name": entry.unit.members[k],
         "group": None if len(entry.unit.members) == 1 else tensor_path(entry.unit.members),
+        "shape": [out, into],
         "format": "dense" if spec is None else spec.format,
+        "gauge": "none" if spec is None else spec.gauge,
         "modes": {} if spec is None else {name: list(dims) for name, dims in spec.modes.items()},
         "ranks": [] if spec is None else list(spec.ranks),
         "params": round(entry.params * share),

@@ -34,7 +34,8 @@ def model_look(source: Source, converted: PreTrainedModel) -> dict[str, Any]:
             dense = fold_gain(dense, source.read(gain))
         with torch.no_grad():
             after = modules[name].weight.detach().to("cpu", torch.float32)
-        seen = look(name, dense, after)
+        # the same object for a matrix left dense: nothing is computed twice
+        seen = look(name, dense, dense if torch.equal(dense, after) else after)
         entropies += seen.entropies
         spectra.append(seen.spectrum)
     return {"per_matrix": entropies, "activations": [], "spectra": spectra}

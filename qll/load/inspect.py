@@ -12,13 +12,17 @@ Source adds what only files know: the format, the order of the rows of q and k, 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import LlamaConfig
 
+from qll.load.config import hf_config
+from qll.load.files import read_object
 from qll.load.names import expected_specs
-from qll.load.source import Source
+from qll.load.params import meta_config
+from qll.load.source import Source, open_source
 
 # What each tensor reads and what it writes; the residual stream is where blocks add their results
 WIRING = {
@@ -39,6 +43,38 @@ TIED_WIRING = ("token ids; head input", "residual stream; logits (tied)")
 PARTS = ("embedding", "attention", "mlp", "norms", "lm_head")
 
 
+def inspect_path(path: str | Path | None) -> dict[str, Any]:
+    """`describe` of the checkpoint at `path` (None: the embedded one), or of a bare config.
+
+    A folder may hold only a config.json or params.json, and the file itself may be given: then
+    nothing but that file is read. Raises CheckpointError children for what cannot be understood.
+
+    >>> inspect_path(None)["dimensions"]["d_model"]
+    576
+    """
+    file = _bare_config(path)
+    if file is None:
+        source = open_source(path)
+        return describe(source.config, source)
+    values = read_object(file)
+    is_meta = file.name == "params.json"
+    # only the weights of a Meta folder tell whether the head is tied; the larger models are not
+    config = meta_config(values, file, {}, tied=False) if is_meta else hf_config(values, file)
+    return {**describe(config), "name": file.parent.name}
+
+
+def _bare_config(path: str | Path | None) -> Path | None:
+    """The config file to describe when `path` has no weights beside it, else None."""
+    if path is None:
+        return None
+    place = Path(path)
+    if place.is_file():
+        return place if place.suffix == ".json" else None
+    weights = any(any(place.glob(f"**/*{kind}")) for kind in (".safetensors", ".pth", ".gguf"))
+    found = [place / name for name in ("config.json", "params.json") if (place / name).is_file()]
+    return found[0] if found and not weights else None
+
+
 def describe(config: LlamaConfig, source: Source | None = None) -> dict[str, Any]:
     """Dimensions, connectivity, parameter counts and bytes of a model, ready for JSON.
 
@@ -57,11 +93,7 @@ def describe(config: LlamaConfig, source: Source | None = None) -> dict[str, Any
     counts = {name: math.prod(shape) for name, shape in expected_specs(config).items()}
     blocks = {name: count for name, count in counts.items() if ".layers." in name}
     linears = sum(count for name, count in blocks.items() if name.endswith("_proj.weight"))
-    by_part = dict.fromkeys(PARTS, 0)
-    bytes_by_part = dict.fromkeys(PARTS, 0)
-    for name, count in counts.items():
-        by_part[_part(name)] += count
-        bytes_by_part[_part(name)] += count * dtypes[name].itemsize
+    bytes_by_part = _by_part({name: n * dtypes[name].itemsize for name, n in counts.items()})
     return {
         "name": source.name if source else None,
         "source_format": source.format if source else None,
@@ -72,7 +104,7 @@ def describe(config: LlamaConfig, source: Source | None = None) -> dict[str, Any
             "total": sum(counts.values()),
             "blocks": sum(blocks.values()),
             "block_linears": linears,
-            **by_part,
+            **_by_part(counts),
         },
         "bytes": {
             "dtype": ", ".join(
@@ -166,6 +198,14 @@ def _connectivity(config: LlamaConfig) -> list[dict[str, Any]]:
         )
     order = list(WIRING)
     return sorted(rows, key=lambda row: order.index(row["tensor"].split(".")[-2]))
+
+
+def _by_part(amounts: dict[str, int]) -> dict[str, int]:
+    """Sums per part of the model of an amount per tensor."""
+    sums = dict.fromkeys(PARTS, 0)
+    for name, amount in amounts.items():
+        sums[_part(name)] += amount
+    return sums
 
 
 def _part(name: str) -> str:

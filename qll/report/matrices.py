@@ -57,7 +57,7 @@ def matrix_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
             "lost": _minus(channel.get("nats"), channel.get("nats_converted")),
         }
         place_and_values = {
-            "number": number, "block": block, "kind": kind, "short": kind.rsplit(".", 1)[-1],
+            "number": number, "block": block, "kind": kind,
             "values": values, "entropy": cuts_here, "shape": _shape(shape),
             "modes_text": modes_text(matrix["modes"]),
             "ranks_text": ", ".join(str(rank) for rank in matrix["ranks"]) or "-",
@@ -78,13 +78,21 @@ def place(name: str) -> tuple[int | None, str]:
 
 
 def kind_order(kind: str) -> tuple[int, str]:
-    """Sort key: the order in which a block uses its matrices, unknown ones last."""
+    """Sort key: the order in which a block uses its matrices, unknown ones last.
+
+    >>> sorted(["mlp.x", "mlp.up_proj", "self_attn.q_proj"], key=kind_order)
+    ['self_attn.q_proj', 'mlp.up_proj', 'mlp.x']
+    """
     last = kind.rsplit(".", 1)[-1]
     return (ORDER.index(last) if last in ORDER else len(ORDER), kind)
 
 
 def grid(matrices: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Cells by position: columns are blocks, rows are kinds; numbers count from zero."""
+    """Cells by position: columns are blocks, rows are kinds; numbers count from zero.
+
+    >>> grid([{"number": 0, "block": 7, "kind": "mlp.up_proj"}])["cells"]
+    [{'number': 0, 'column': 0, 'row': 0}]
+    """
     inside = [row for row in matrices if row["block"] is not None]
     blocks = sorted({row["block"] for row in inside})
     kinds = sorted({row["kind"] for row in inside}, key=kind_order)
@@ -100,7 +108,7 @@ def grid(matrices: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 def metrics(matrices: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The metrics that have values: domain over the blocks, colour and text of each cell."""
-    metrics = []
+    found = []
     for key, label, meaning in METRICS:
         values = {row["number"]: row["values"][key] for row in matrices}
         inside = [values[row["number"]] for row in matrices if row["block"] is not None]
@@ -125,8 +133,8 @@ def metrics(matrices: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "cell": ["" if v is None else text(v) for v in values.values()],
                 "text": [long(value) for value in values.values()],
         }  # fmt: skip
-        metrics.append(entry)
-    return metrics
+        found.append(entry)
+    return found
 
 
 def details(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,7 +163,11 @@ def details(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def start(matrices: Iterable[Mapping[str, Any]]) -> int | None:
-    """The matrix that the page shows first: the one in a block with the largest relative error."""
+    """The matrix that the page shows first: the one in a block with the largest relative error.
+
+    >>> start([{"number": 5, "block": 0, "rel_error": 0.1}])
+    5
+    """
     inside = [row for row in matrices if row["block"] is not None]
     worst = max(inside, key=lambda row: row["rel_error"] or 0.0, default=None)
     return None if worst is None else worst["number"]

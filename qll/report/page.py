@@ -19,8 +19,9 @@ from markupsafe import Markup
 from qll.lens.spectra import random_spectrum
 from qll.report import units
 from qll.report.build import check_report
+from qll.report.matrices import CHANNEL, kind_order, place
 from qll.report.plots import Curve, Spectrum, entropy_panels, spectrum_panels
-from qll.report.view import CHANNEL, kind_order, place, view
+from qll.report.view import view
 
 
 def render(report: Mapping[str, Any]) -> str:

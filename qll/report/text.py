@@ -13,7 +13,8 @@ from typing import Any
 
 from qll.report import units
 from qll.report.build import check_report
-from qll.report.view import CHANNEL, cost_pairs, format_counts, kind_order, matrix_rows
+from qll.report.matrices import CHANNEL, format_counts, kind_order, matrix_rows
+from qll.report.view import cost_pairs
 
 WIDTH = 100
 WORST = 5

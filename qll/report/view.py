@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from qll.report import matrices as parts
 from qll.report import units
+from qll.report.matrices import details, format_counts, grid, matrix_rows, metrics, start
 from qll.report.units import Number
 
 
@@ -28,20 +28,13 @@ def view(report: Mapping[str, Any]) -> dict[str, Any]:
         "stages": _stages(report["cost"]["seconds"]),
         "memory": _memory(report["cost"]),
         "matrices": matrices,
-        "map": _map(matrices),
-        "metrics": _metrics(matrices),
-        "cuts": cuts(report),
+        "map": grid(matrices),
+        "metrics": metrics(matrices),
         "formats": sorted({row["format"] for row in matrices}),
         "warnings": report["warnings"],
         "provenance": list(_provenance(report)),
-        "data": {"matrices": [_details(row) for row in matrices], "start": _start(matrices)},
+        "data": {"matrices": [details(row) for row in matrices], "start": start(matrices)},
     }
-
-
-def cuts(report: Mapping[str, Any]) -> list[str]:
-    """Names of the cuts in the report, the channel cut first."""
-    names = {entry["cut"] for entry in report["entropy"]["per_matrix"]}
-    return sorted(names, key=lambda cut: (cut != CHANNEL, cut))
 
 
 def cost_pairs(report: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -121,7 +114,11 @@ def _text_card(name: str, text: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def pair(label: str, dense: Number | None, converted: Number | None, text: Any) -> dict[str, Any]:
-    """Two values of one quantity as texts and bar lengths in percent of the larger one."""
+    """Two values of one quantity as texts and bar lengths in percent of the larger one.
+
+    >>> [bar["length"] for bar in pair("ppl", 10.0, 40.0, str)["bars"]]
+    [25.0, 100.0]
+    """
     top = max((value for value in (dense, converted) if value is not None), default=0.0)
     bars = [
         {"side": side, "text": text(value), "length": 100 * value / top if value and top else 0.0}

@@ -181,9 +181,9 @@ class MPO:
         """W x for each row of `x`, in the cheapest order: a sweep from either side, or W first."""
         out_modes, in_modes = self.spec.modes["out"], self.spec.modes["in"]
         flat = x.reshape(-1, x.shape[-1])
-        padding = prod(in_modes) - flat.shape[1]
+        padding = prod(in_modes) - self.spec.shape[1]
         flat = torch.nn.functional.pad(flat, (0, padding)) if padding else flat
-        legs = flat.reshape(-1, *in_modes)
+        legs = flat.reshape(flat.shape[0], *in_modes)  # refuses any other width of x
         image = contract(
             chain(len(self.cores), True), legs, *_open(self.expand().cores), tokens="a"
         )
@@ -231,12 +231,14 @@ class MPO:
         state = self.cores[0].new_ones(ids.shape[0], 1, 1)
         for k, (left, out, into, right) in enumerate(_core_shapes(self.spec)):
             stride //= out
-            digit = (ids // stride % out)[:, None, None]
+            # without the remainder in the first digit an id beyond the table is an index error
+            digit = (ids // stride % out if k else ids // stride)[:, None, None]
             bond, leg = (torch.arange(size, device=ids.device) for size in (left, into))
             wanted = (bond[:, None] * out + digit) * into + leg
             pivots = self.indices[k] if k < len(self.indices) else None
             slices = lookup(self.cores[k].reshape(-1, right), pivots, wanted)  # [ids, r, n, r']
-            state = torch.bmm(state, slices.flatten(2)).reshape(ids.shape[0], -1, right)
+            columns = state.shape[1] * into
+            state = torch.bmm(state, slices.flatten(2)).reshape(ids.shape[0], columns, right)
         return state.flatten(1)
 
     def _with(self, cores: Sequence[Tensor]) -> MPO:

@@ -27,6 +27,7 @@ ROOMS = (
     "lens",
     "report",
     "runfolder",
+    "runtexts",
     "pipeline",
     "api",
     "cli",

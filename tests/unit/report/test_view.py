@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from qll.report import units
-from qll.report.view import pair, place, view
+from qll.report.matrices import place
+from qll.report.view import pair, view
 
 
 def test_names_are_placed_by_block_and_kind():

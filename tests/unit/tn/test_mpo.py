@@ -261,3 +261,23 @@ def test_refusals():
         MPO.decompose(noise(60, 24), spec()).transform_legs([None], [None])
     with pytest.raises(NonFiniteError):
         MPO.decompose(torch.full((60, 24), float("inf")), spec())
+
+
+@pytest.mark.parametrize("width", [12, 23, 25, 48])
+def test_inputs_of_another_width_are_refused(width):
+    for found in networks(noise(60, 24), spec()) + networks(noise(60, 23), spec(shape=(60, 23))):
+        if width != found.spec.shape[1]:
+            with pytest.raises(RuntimeError):
+                found.apply(noise(2, width))
+
+
+def test_ids_beyond_the_table_are_an_index_error():
+    for found in networks(noise(60, 24), spec()):
+        with pytest.raises(IndexError):
+            found.rows(torch.tensor([60]))
+
+
+def test_no_tokens_and_no_ids():
+    for found in networks(noise(60, 24), spec()):
+        assert found.apply(noise(0, 24)).shape == (0, 60)
+        assert found.rows(torch.tensor([], dtype=torch.int64)).shape == (0, 24)

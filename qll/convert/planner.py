@@ -1,0 +1,151 @@
+"""From a checkpoint and its moments to a plan.
+
+The singular values of every unit are measured in its metric, candidates listed from them, and
+`choose` spends the budget. Embedding and head have a budget of their own.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+from tqdm import tqdm
+from transformers import LlamaConfig
+
+from qll.calibrate import MomentStore
+from qll.config import ConvertOptions
+from qll.convert.allocate import choose
+from qll.convert.candidates import Candidate, dense, exact, ladder
+from qll.convert.fit import spectra
+from qll.convert.plan import Plan, PlanEntry
+from qll.convert.units import Unit, embedding_unit, group_unit, head_unit, single_units, template
+from qll.convert.weights import metrics_of, read_weights
+from qll.errors import UsageError
+from qll.load import Source
+
+# which formats a unit of each kind is offered, by --format
+GROUPS_OF = {
+    "auto": ("qkv", "gate_up"),
+    "joint_tree": ("qkv", "gate_up"),
+    "joint_tucker": ("qkvo",),
+}
+# what a joint format does with the matrices it does not cover
+SINGLE_OF = {"auto": "lowrank", "joint_tree": "lowrank", "joint_tucker": "lowrank"}
+HALF = 0.5  # a K-FAC error squared is twice the predicted loss (second-order Taylor term)
+
+
+def make_plan(source: Source, moments: MomentStore | None, options: ConvertOptions) -> Plan:
+    """The plan for `source` under `options`; moments may be None for the plain metric.
+
+    Reads one block at a time. Raises UsageError when the budget cannot be met.
+    """
+    config = source.config
+    candidates: list[Candidate] = []
+    blocks = tqdm(
+        range(config.num_hidden_layers), "plan", unit="block", file=sys.stderr, disable=None
+    )
+    for block in blocks:
+        candidates += block_candidates(source, moments, options, block)
+    total = sum(unit.dense_params for unit in single_units(config, 0)) * config.num_hidden_layers
+    budget = int(options.keep * total)
+    chosen = _spend(candidates, budget, options)
+    entries = [PlanEntry(item.unit, item.spec, item.loss) for item in chosen]
+    entries += _vocabulary_entries(source, moments, options)
+    return Plan(tuple(entries), options.keep, options.metric, budget)
+
+
+def block_candidates(
+    source: Source, moments: MomentStore | None, options: ConvertOptions, block: int
+) -> list[Candidate]:
+    """Everything the units of one block could become."""
+    config = source.config
+    members = [unit.members[0] for unit in single_units(config, block)]
+    weights = dict(zip(members, read_weights(source, members, options), strict=True))
+    metrics = dict(zip(members, metrics_of(source, moments, members, options), strict=True))
+    found = []
+    for unit, format in _offers(config, options, block):
+        if format == "dense":
+            found.append(dense(unit))
+            continue
+        spec = template(unit, format, options.gauge, options.sites, config)
+        if options.keep == 1.0:
+            found.append(exact(unit, spec))
+            continue
+        chosen = [metrics[member] for member in unit.members]
+        values = spectra([weights[member] for member in unit.members], spec, chosen)
+        scale = _loss_scale(values, options)
+        found += [
+            Candidate(item.unit, item.spec, item.params, item.loss * scale)
+            for item in ladder(unit, spec, values)
+        ]
+    return found
+
+
+def _offers(config: LlamaConfig, options: ConvertOptions, block: int) -> Iterator[tuple[Unit, str]]:
+    """(unit, format) pairs offered under --format."""
+    groups = [group_unit(config, block, name) for name in GROUPS_OF.get(options.format, ())]
+    covered = {member for unit in groups for member in unit.members}
+    joint = "joint_tucker" if options.format == "joint_tucker" else "joint_tree"
+    yield from ((unit, joint) for unit in groups)
+    for unit in single_units(config, block):
+        if options.format == "auto":
+            yield unit, "dense"
+            yield unit, "lowrank"
+        elif unit.members[0] not in covered:
+            yield unit, SINGLE_OF.get(options.format, options.format)
+
+
+def _spend(candidates: list[Candidate], budget: int, options: ConvertOptions) -> list[Candidate]:
+    if options.keep == 1.0:
+        # exact storage may exceed the dense count by its pivot indices, so nothing is left to
+        # choose: the format asked for, or dense under auto
+        kept = [c for c in candidates if (c.spec is None) == (options.format in ("auto", "dense"))]
+        return kept
+    if options.format == "dense":
+        raise UsageError(
+            "dense matrices cannot be shrunk",
+            where="--format dense",
+            expected="--keep 1",
+            found=f"--keep {options.keep}",
+        )
+    if options.allocation == "global":
+        return choose(candidates, budget)
+    chosen = []
+    units = {item.unit.members: item.unit for item in candidates}
+    for unit in units.values():
+        own = [item for item in candidates if item.unit == unit]
+        chosen += choose(own, int(options.keep * unit.dense_params))
+    return chosen
+
+
+def _loss_scale(values: Sequence[Tensor], options: ConvertOptions) -> float:
+    """What makes losses of different matrices comparable: nats in K-FAC, else a relative error."""
+    if options.metric == "kfac":
+        return HALF
+    return 1.0 / max(float(values[0].square().sum()), 1e-300)
+
+
+def _vocabulary_entries(
+    source: Source, moments: MomentStore | None, options: ConvertOptions
+) -> list[PlanEntry]:
+    """Entries of the embedding and of an untied head."""
+    units = [embedding_unit(source.config)]
+    if not source.config.tie_word_embeddings:
+        units.append(head_unit(source.config))
+    entries = []
+    for unit in units:
+        if options.keep_embeddings == 1.0:
+            entries.append(PlanEntry(unit, None, 0.0))
+            continue
+        format = (
+            options.format if options.format in ("mpo", "tree", "kron", "tucker") else "lowrank"
+        )
+        spec = template(unit, format, options.gauge, options.sites, source.config)
+        weights = read_weights(source, unit.members, options)
+        metrics = metrics_of(source, moments, unit.members, options)
+        values = spectra(weights, spec, metrics)
+        items = ladder(unit, spec, values)
+        item = choose(items, int(options.keep_embeddings * unit.dense_params))[0]
+        entries.append(PlanEntry(unit, item.spec, item.loss * _loss_scale(values, options)))
+    return entries
