@@ -80,6 +80,13 @@ def run(config: MainConfig) -> None:
     print(f"report: {out / 'report.html'}")
 
 
+def calibrate(config: MainConfig) -> None:
+    """Measure the moments alone, for --moments of later runs."""
+    from qll import pipeline
+
+    print(pipeline.run(config, until="calibrate") / "work" / "moments")
+
+
 def plan(config: MainConfig) -> None:
     """Calibrate and print which network each matrix would get; plan.json can be edited."""
     from qll import pipeline
@@ -156,6 +163,7 @@ def report(config: ReportConfig) -> None:
 VERBS = {
     "run": Verb(MainConfig, run, "the main job (also without a verb)"),
     "inspect": Verb(InspectConfig, inspect, "dimensions, connectivity, parameters, bytes"),
+    "calibrate": Verb(MainConfig, calibrate, "second moments on a text, for --moments"),
     "plan": Verb(MainConfig, plan, "calibrate and choose format and ranks per matrix"),
     "convert": Verb(MainConfig, convert, "calibrate, plan and convert"),
     "eval": Verb(EvalConfig, evaluate, "perplexity, bits per byte, KL, agreement"),

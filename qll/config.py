@@ -87,6 +87,8 @@ class MainConfig:
     """Folder of sparse autoencoders (this version says that it cannot attach them yet)."""
     sae_layers: str = ""
     """Blocks whose autoencoders to use, for instance 0,1,2."""
+    moments: Path | None = None
+    """Folder left by `calibrate` (its work/moments), to convert at many budgets from one."""
     out: Path = Path("runs/qll")
     """Output folder; a second run with the same settings resumes it."""
     device: Device = "auto"
@@ -233,7 +235,14 @@ def main_config_from_json(value: dict[str, Any], where: Path) -> MainConfig:
 
 
 def _path(key: str, value: Any) -> Any:
-    is_path = key in ("llama_dir", "sae_dir", "out", "calib_text", "eval_text")
+    is_path = key in (
+        "llama_dir",
+        "sae_dir",
+        "moments",
+        "out",
+        "calib_text",
+        "eval_text",
+    )
     return Path(value) if is_path and value is not None else value
 
 

@@ -49,7 +49,7 @@ def run(config: MainConfig, until: str = "report") -> Path:
             return config.out
         results = timed(state, "evaluate", evaluate)
         entropy = timed(state, "lens", look_inside)
-        timed(state, "report", report, plan, records, results, entropy)
+        timed(state, "report", report, moments, plan, records, results, entropy)
         store.remove(state.work)
     return config.out
 
@@ -165,6 +165,8 @@ def choose_device(name: str) -> torch.device:
 def calibrate(state: Run) -> MomentStore | None:
     """Second moments of every linear on the calibration text, or None for the plain metric."""
     config = state.config
+    if config.moments is not None:
+        return given_moments(config, state.source)
     if config.convert.metric == "plain" or config.convert.keep == 1.0:
         return None
     text = calibration_text(config)
@@ -173,6 +175,25 @@ def calibrate(state: Run) -> MomentStore | None:
     return collect(
         state.source, windows, state.work / "moments", gradients=gradients, device=state.device
     )
+
+
+def given_moments(config: MainConfig, source: Source) -> MomentStore:
+    """The moments of --moments; raises UsageError when they do not fit checkpoint or metric."""
+    moments = MomentStore(config.moments)
+    hint = "run `calibrate` on this checkpoint with this --metric"
+    if moments.summary["source"] != source.fingerprint:
+        raise UsageError(
+            "the moments belong to another checkpoint",
+            where=config.moments,
+            expected=f"source {source.fingerprint[:16]}",
+            found=moments.summary["source"][:16],
+            hint=hint,
+        )
+    if config.convert.metric == "kfac" and not moments.gradients:
+        raise UsageError(
+            "the moments hold no gradients", where=config.moments, expected="for kfac", hint=hint
+        )
+    return moments
 
 
 def make_or_load_plan(state: Run, moments: MomentStore | None) -> Plan:
@@ -247,6 +268,7 @@ def look_inside(state: Run) -> dict[str, Any]:
 
 def report(
     state: Run,
+    moments: MomentStore | None,
     plan: Plan,
     records: list[dict[str, Any]],
     results: dict[str, Any],
@@ -260,7 +282,10 @@ def report(
         model=model_section(state.source),
         compression=compression_section(state.source, plan, records, state.model, dtype),
         entropy=entropy,
-        quality={"texts": results["texts"], "calibration": calibration_facts(state.config)},
+        quality={
+            "texts": results["texts"],
+            "calibration": calibration_facts(state.config, moments),
+        },
         cost={**results["cost"], "seconds": total_seconds(state)},
         warnings=state.warnings,
         provenance=store.read_json(state.out / "run.json"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from qll.calibrate import MomentStore
 from qll.config import MainConfig
 from qll.errors import UsageError
 from qll.load import Text, builtin_texts, read_text
@@ -34,7 +35,12 @@ def evaluation_texts(config: MainConfig) -> list[Text]:
     return list({text.sha256: text for text in chosen}.values())
 
 
-def calibration_facts(config: MainConfig) -> dict[str, Any]:
-    """Name, sha256 and number of tokens of the calibration text, for the report."""
+def calibration_facts(config: MainConfig, moments: MomentStore | None) -> dict[str, Any]:
+    """What the moments were measured on, for the report: the text, or the token ids' sha256."""
+    if moments is None:
+        return {"name": None, "sha256": None, "tokens": 0}
+    facts = {"tokens": moments.tokens, "windows_sha256": moments.summary["windows_sha256"]}
+    if config.moments is not None:
+        return {"name": str(config.moments), "sha256": None, **facts}
     text = calibration_text(config)
-    return {"name": text.name, "sha256": text.sha256, "tokens": config.texts.calib_tokens}
+    return {"name": text.name, "sha256": text.sha256, **facts}

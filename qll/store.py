@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qll.errors import DiskFullError, IntegrityError, LockedError, OutputError
+from qll.errors import DiskFullError, IntegrityError, LockedError, MissingFileError, OutputError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 TEMP_SUFFIX = ".qll-tmp"
 LOCK_NAME = ".qll.lock"
 MANIFEST_NAME = "qll_manifest.json"
+OWN_SHA256 = "manifest_sha256"
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -66,9 +67,13 @@ def write_tensors(
 
 
 def read_json(path: Path) -> Any:
-    """The JSON value in `path`; raises IntegrityError when the file is not JSON."""
+    """The JSON value in `path`; raises MissingFileError, or IntegrityError when it is not JSON."""
     try:
         return json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise MissingFileError(
+            "cannot be read", where=path, found=error.strerror, hint="check the path"
+        ) from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise IntegrityError(
             "not a JSON file", where=path, found=str(error), hint="delete it and run again"
@@ -85,17 +90,21 @@ def sha256(path: Path, chunk: int = 1 << 22) -> str:
 
 
 def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Write the manifest of `folder`: size and sha256 of every file, plus `facts`; commits it."""
+    """Write the manifest of `folder`: size and sha256 of every file, plus `facts`; commits it.
+
+    The manifest carries the sha256 of its own values too: bits rot there as well.
+    """
     files = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name not in (MANIFEST_NAME, LOCK_NAME)
     }
-    write_json(folder / MANIFEST_NAME, {**facts, "files": files})
+    values = {**facts, "files": files}
+    write_json(folder / MANIFEST_NAME, {**values, OWN_SHA256: _sha256_of_values(values)})
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of `folder`; raises IntegrityError when there is none."""
+    """The manifest of `folder`; raises IntegrityError when there is none or it has changed."""
     path = folder / MANIFEST_NAME
     if not path.is_file():
         raise IntegrityError(
@@ -104,7 +113,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             expected=MANIFEST_NAME,
             hint="run the conversion again with the same --out to resume it",
         )
-    return read_json(path)
+    manifest = read_json(path)
+    own = manifest.pop(OWN_SHA256, None) if isinstance(manifest, dict) else None
+    if own is None or own != _sha256_of_values(manifest):
+        raise IntegrityError(
+            "manifest has changed since it was written",
+            where=path,
+            expected=f"the sha256 of its values under {OWN_SHA256}",
+            found=str(own)[:16],
+            hint="convert or copy the folder again",
+        )
+    return manifest
 
 
 def verify_manifest(folder: Path) -> dict[str, Any]:
@@ -252,6 +271,11 @@ def _replacing(path: Path) -> Iterator[Path]:
         raise
 
 
+def _sha256_of_values(values: Mapping[str, Any]) -> str:
+    """Hex sha256 of `values` as JSON, the same before writing and after reading."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
 def _output_error(path: Path, error: OSError) -> OutputError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return _disk_full(path)
@@ -292,9 +316,9 @@ def _remove_stale_lock(path: Path) -> None:
         process = int(path.read_text())
     except (OSError, ValueError):
         return
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        path.unlink(missing_ok=True)
-    except PermissionError:
-        pass
+    # a process of another user is alive too: the signal to it is refused
+    with contextlib.suppress(PermissionError):
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            path.unlink(missing_ok=True)

@@ -29,6 +29,7 @@ STRING, ARRAY, BOOL = 8, 9, 7
 # GGUF value type -> numpy dtype, all little-endian
 SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "<u1"}
 SCALARS |= {10: "<u8", 11: "<i8", 12: "<f8"}
+LENGTH = struct.Struct("<Q")
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def read_header(path: Path) -> GGUFHeader:
         tensor_count, key_count = _counts(reader)
         metadata: dict[str, Any] = {}
         for _ in range(key_count):
-            key = reader.string(MAX_NAME_BYTES)
+            key = reader.strings(1, MAX_NAME_BYTES)[0]
             if key in metadata:
                 raise HeaderError("metadata key is given twice", where=path, found=shown(key))
             metadata[key] = reader.value(reader.number("<I"))
@@ -107,21 +108,35 @@ class _Reader:
         """One integer of struct layout `layout`."""
         return struct.unpack_from(layout, self.data, self.take(struct.calcsize(layout)))[0]
 
-    def string(self, limit: int = MAX_HEADER_BYTES) -> str:
-        """A length and that many bytes of UTF-8."""
-        length = self.number("<Q")
-        if length > limit:
-            raise self.lie("string is longer than allowed", limit, length)
-        start = self.take(length)
-        try:
-            return self.data[start : start + length].decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise self.lie("string is not UTF-8", "UTF-8", str(error)[:120]) from None
+    def strings(self, count: int, limit: int = MAX_HEADER_BYTES) -> list[str]:
+        """`count` strings, each a length and that many bytes of UTF-8.
+
+        One loop that calls nothing of ours: Llama 3's vocabulary has 410 thousand strings.
+        """
+        data, end, start = self.data, len(self.data), self.position
+        texts = []
+        for _ in range(count):
+            if (first := start + LENGTH.size) > end:
+                raise self.ends(first)
+            length = LENGTH.unpack_from(data, start)[0]
+            if length > limit:
+                self.position = first
+                raise self.lie("string is longer than allowed", limit, length)
+            if (stop := first + length) > end:
+                raise self.ends(stop)
+            try:
+                texts.append(data[first:stop].decode("utf-8"))
+            except UnicodeDecodeError as error:
+                self.position = first
+                raise self.lie("string is not UTF-8", "UTF-8", str(error)[:120]) from None
+            start = stop
+        self.position = start
+        return texts
 
     def value(self, kind: int) -> Any:
         """A metadata value of GGUF type `kind`."""
         if kind == STRING:
-            return self.string()
+            return self.strings(1)[0]
         if kind == ARRAY:
             return self.array()
         return self.scalars(kind, 1)[0]
@@ -136,7 +151,7 @@ class _Reader:
             return self.scalars(kind, count)
         if count * 8 > len(self.data) - self.position:
             raise self.ends(self.position + count * 8)
-        return [self.string() for _ in range(count)]
+        return self.strings(count)
 
     def scalars(self, kind: int, count: int) -> list[Any]:
         """`count` numbers or booleans."""
@@ -187,7 +202,7 @@ def _counts(reader: _Reader) -> tuple[int, int]:
 
 def _tensor_info(reader: _Reader) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
     """Name, shape (rows first), type and offset in the data of one tensor."""
-    name = reader.string(MAX_NAME_BYTES)
+    name = reader.strings(1, MAX_NAME_BYTES)[0]
     count = reader.number("<I")
     if not 1 <= count <= MAX_DIMS:
         raise reader.lie(f"{shown(name)} has an impossible rank", f"1 to {MAX_DIMS}", count)

@@ -24,6 +24,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from qll import store
 from qll.errors import IntegrityError
 from qll.load import Source
+from qll.load.files import read_object
 
 if TYPE_CHECKING:
     from qll.model.swap import Entries
@@ -120,7 +121,14 @@ def read_weight_map(folder: Path) -> dict[str, Path]:
     Raises IntegrityError when there are no tensors, or when the index points outside the folder.
     """
     if (folder / INDEX_NAME).is_file():
-        weight_map = store.read_json(folder / INDEX_NAME)["weight_map"]
+        weight_map = read_object(folder / INDEX_NAME, IntegrityError).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise IntegrityError(
+                "index without a weight_map",
+                where=folder / INDEX_NAME,
+                found=type(weight_map).__name__,
+                hint="copy the folder again",
+            )
         return {name: _inside(folder, file) for name, file in weight_map.items()}
     if not (folder / SINGLE_NAME).is_file():
         raise IntegrityError("no tensors", where=folder, expected=f"{SINGLE_NAME} or {INDEX_NAME}")
@@ -141,9 +149,9 @@ def seal(
     store.write_manifest(folder, {**(facts or {}), "logits_fingerprint": dict(fingerprint)})
 
 
-def _inside(folder: Path, file: str) -> Path:
-    path = folder / file
-    if Path(file).name != file or path.is_symlink() or not path.is_file():
+def _inside(folder: Path, file: object) -> Path:
+    path = folder / str(file)
+    if path.name != file or path.is_symlink() or not path.is_file():
         raise IntegrityError(
             "index names a file that is not a plain file of this folder",
             where=folder / INDEX_NAME,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -138,6 +140,29 @@ def test_every_lie_is_cheap_and_sixteen_gigabytes_are_not_read(tmp_path, tiny_hf
         assert found in ("HeaderError", "TruncatedFileError"), folder
         assert seconds < 5, (folder, seconds)
         assert grown < 50, (folder, grown)
+
+
+def test_inspecting_sixteen_gigabytes_takes_little_memory(tmp_path):
+    """The whole process of `qll inspect`, torch and all, as a user starts it."""
+    folder = write_sparse_llama_3_8b(tmp_path / "big")
+    code = (
+        "import sys; from pathlib import Path; from qll.cli import main; "
+        "code = main(['inspect', '--llama_dir', sys.argv[1], '--json']); "
+        "print(Path('/proc/self/status').read_text(), file=sys.stderr); sys.exit(code)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    facts = json.loads(run.stdout)
+    assert facts["parameters"]["total"] == 8_030_261_248
+    assert facts["row_order"] == "half_split"
+    assert facts["bytes"]["on_disk"] > 16e9
+    peak = int(run.stderr.split("VmHWM:")[1].split()[0]) / 1024
+    assert peak < 700
 
 
 def test_truncation_at_every_place(folder):

@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from qll.cli import main
 from tests.e2e.conftest import QUICK, ROOT, run_qll
 
 FORMATS = ("lowrank", "mpo", "tucker", "tree", "kron", "joint_tree", "joint_tucker")
@@ -70,31 +71,31 @@ def test_other_settings_do_not_touch_the_run(finished, tiny_checkpoint):
     assert "convert.keep=0.8" in result.stderr
 
 
-def test_verify_generate_eval_export_report(finished, tiny_checkpoint, tmp_path):
+def test_verify_generate_eval_export_report(finished, tiny_checkpoint, tmp_path, capsys):
     out, _ = finished
-    model = out / "model"
-    assert "match the manifest" in run_qll("verify", "--model", model).stdout
+    model = str(out / "model")
+    assert printed(capsys, "verify", "--model", model).endswith("match the manifest\n")
     words = ("--prompt", "The for statement", "--max_new_tokens", "8")
-    written = run_qll("generate", "--model", model, *words)
-    assert written.returncode == 0, written.stderr
-    assert written.stdout.strip()
-    scored = run_qll("eval", "--model", model, "--llama_dir", tiny_checkpoint, *QUICK[2:])
-    assert scored.returncode == 0, scored.stderr
+    assert printed(capsys, "generate", "--model", model, *words).strip()
+    scored = printed(
+        capsys, "eval", "--model", model, "--llama_dir", str(tiny_checkpoint), *QUICK[2:]
+    )
     report = json.loads((out / "report.json").read_text())
     of_report = report["quality"]["texts"]["python_topics_evaluation"]
-    assert json.loads(scored.stdout)["kl"] == pytest.approx(of_report["kl"], rel=1e-4)
-    dense = run_qll("export", "--model", model, "--out", tmp_path / "dense")
-    assert dense.returncode == 0, dense.stderr
-    assert (tmp_path / "dense" / "config.json").is_file()
-    assert str(out / "report.html") in run_qll("report", "--run", out).stdout
+    assert json.loads(scored)["kl"] == pytest.approx(of_report["kl"], rel=1e-4)
+    for layout in ("dense", "two_linear"):
+        target = tmp_path / layout
+        printed(capsys, "export", "--model", model, "--out", str(target), "--layout", layout)
+        assert (target / "config.json").is_file()
+    assert str(out / "report.html") in printed(capsys, "report", "--run", str(out))
+    assert "connect" in printed(capsys, "inspect", "--llama_dir", str(tiny_checkpoint), "--json")
 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_every_format_runs_to_the_end(format, tiny_checkpoint, tmp_path):
     out = tmp_path / "out"
     flags = ("--format", format, "--keep", "0.7", "--keep_embeddings", "0.8", "--norms", "fold")
-    result = run_qll("--llama_dir", tiny_checkpoint, "--out", out, *flags, *QUICK)
-    assert result.returncode == 0, result.stderr
+    assert main(["--llama_dir", str(tiny_checkpoint), "--out", str(out), *flags, *QUICK]) == 0
     report = json.loads((out / "report.json").read_text())
     assert report["compression"]["keep"] <= 0.7
     used = {row["format"] for row in report["compression"]["per_matrix"]}
@@ -109,9 +110,8 @@ def test_keep_one_reproduces_the_dense_logits(format, tiny_checkpoint, tmp_path)
     import qll
 
     out = tmp_path / "out"
-    flags = ("--format", format, "--keep", "1.0")
-    result = run_qll("convert", "--llama_dir", tiny_checkpoint, "--out", out, *flags, *QUICK)
-    assert result.returncode == 0, result.stderr
+    flags = ("--llama_dir", str(tiny_checkpoint), "--out", str(out), "--keep", "1.0")
+    assert main(["convert", *flags, "--format", format, *QUICK]) == 0
     from transformers import LlamaForCausalLM
 
     ids = torch.arange(40)[None] % 512
@@ -124,22 +124,22 @@ def test_keep_one_reproduces_the_dense_logits(format, tiny_checkpoint, tmp_path)
 
 def test_plan_can_be_edited_and_passed_back(tiny_checkpoint, tmp_path):
     out = tmp_path / "out"
-    flags = ("--llama_dir", tiny_checkpoint, "--out", out, "--format", "lowrank", *QUICK)
-    assert run_qll("plan", *flags).returncode == 0
+    flags = ["--llama_dir", str(tiny_checkpoint), "--out", str(out), "--format", "lowrank", *QUICK]
+    assert main(["plan", *flags]) == 0
     plan = json.loads((out / "plan.json").read_text())
     plan["entries"][0]["spec"]["ranks"] = [3]
     (out / "plan.json").write_text(json.dumps(plan))
-    assert run_qll("convert", *flags).returncode == 0
+    assert main(["convert", *flags]) == 0
     config = json.loads((out / "model" / "config.json").read_text())
     first = plan["entries"][0]["members"][0]
     assert config["quantization_config"]["modules"][first]["ranks"] == [3]
 
 
-def test_dry_run_writes_nothing(tiny_checkpoint, tmp_path):
+def test_dry_run_writes_nothing(tiny_checkpoint, tmp_path, capsys):
     out = tmp_path / "out"
-    result = run_qll("--llama_dir", tiny_checkpoint, "--out", out, "--dry_run", *QUICK)
-    assert result.returncode == 0, result.stderr
-    assert "parameters" in result.stdout
+    flags = ["--llama_dir", str(tiny_checkpoint), "--out", str(out), "--dry_run", *QUICK]
+    assert main(flags) == 0
+    assert "parameters" in capsys.readouterr().out
     assert not out.exists()
 
 
@@ -190,6 +190,13 @@ def test_a_copied_model_with_one_flipped_bit_is_refused(finished, tmp_path):
     result = run_qll("verify", "--model", copy)
     assert result.returncode == 3
     assert "has changed since it was written" in result.stderr
+
+
+def printed(capsys, *words) -> str:
+    """What a command that must succeed writes to stdout."""
+    capsys.readouterr()
+    assert main(list(words)) == 0
+    return capsys.readouterr().out
 
 
 def tree_bytes(folder):
