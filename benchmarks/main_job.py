@@ -5,7 +5,8 @@
 Each row is one command line of the product, evaluated by it after save and reload, at the same
 number of stored parameters: plain truncated SVD, activation-aware SVD (SVD-LLM's objective), the
 same with interpolative storage, K-FAC, and the default (K-FAC, one budget, joint trees); then a
-three-core MPO everywhere. Rows are written as they come; `--only NAME` runs one again.
+three-core MPO everywhere. All rows share one calibration. Rows are written as they come; `--only
+NAME` runs one again.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "main_job.json"
 EVAL_TOKENS = 16384
-CALIB_TOKENS = 24576
+CALIB_TOKENS = 16384
 SVD = ("--format", "lowrank", "--allocation", "uniform")
 ROWS = {
     "default": (),
@@ -49,9 +50,12 @@ def main() -> None:
     if arguments.only in (None, "demo"):
         results["demo"] = demo()
         save(results)
-    for name, flags in ROWS.items():
-        if arguments.only in (None, name):
-            results["rows"][name] = wikitext_row(arguments, flags)
+    results |= {"calib_tokens": CALIB_TOKENS, "eval_tokens": EVAL_TOKENS}
+    with tempfile.TemporaryDirectory() as folder:
+        names = [name for name in ROWS if arguments.only in (None, name)]
+        moments = calibrate(arguments, Path(folder)) if names else None
+        for name in names:
+            results["rows"][name] = wikitext_row(arguments, ROWS[name], moments)
             save(results)
 
 
@@ -61,11 +65,26 @@ def demo() -> dict[str, Any]:
         return measured(["--effort", "fast"], Path(folder) / "demo")
 
 
-def wikitext_row(arguments: argparse.Namespace, flags: tuple[str, ...]) -> dict[str, Any]:
+def calibrate(arguments: argparse.Namespace, folder: Path) -> Path:
+    """The moments all rows share, measured once on the calibration half of WikiText-2."""
+    words = ["calibrate", *calibration_flags(arguments), "--out", str(folder / "calibration")]
+    subprocess.run([sys.executable, str(ROOT / "main.py"), *words], check=True)
+    return folder / "calibration" / "work" / "moments"
+
+
+def calibration_flags(arguments: argparse.Namespace) -> list[str]:
+    """The text and size of the calibration."""
+    words = ["--calib_text", str(arguments.calib), "--calib_tokens", str(CALIB_TOKENS)]
+    return [*words, "--context", "1024"]
+
+
+def wikitext_row(
+    arguments: argparse.Namespace, flags: tuple[str, ...], moments: Path
+) -> dict[str, Any]:
     """One conversion at --keep 0.8, calibrated and evaluated on the two halves of WikiText-2."""
-    words = ["--effort", "fast", "--keep", "0.8", "--calib_text", str(arguments.calib)]
+    words = ["--effort", "fast", "--keep", "0.8", *calibration_flags(arguments)]
     words += ["--eval_text", str(arguments.eval), "--eval_tokens", str(EVAL_TOKENS)]
-    words += ["--calib_tokens", str(CALIB_TOKENS), "--context", "1024", *flags]
+    words += ["--moments", str(moments), *flags]
     with tempfile.TemporaryDirectory() as folder:
         return measured(words, Path(folder) / "run")
 
@@ -93,7 +112,7 @@ def measured(words: list[str], out: Path) -> dict[str, Any]:
     compression = report["compression"]
     shutil.rmtree(out)
     return {
-        "command": "python main.py " + " ".join(words),
+        "command": "python main.py " + " ".join(shareable(words)),
         "wall_seconds": round(time.monotonic() - started, 1),
         "peak_rss_bytes": usage.ru_maxrss * 1024,
         "seed": report["provenance"]["settings"]["seed"],
@@ -104,6 +123,14 @@ def measured(words: list[str], out: Path) -> dict[str, Any]:
         "seconds": report["cost"]["seconds"],
         "warnings": report["warnings"],
     }
+
+
+def shareable(words: list[str]) -> list[str]:
+    """The command line without --moments, so that it runs anywhere, and texts by name alone."""
+    if "--moments" in words:
+        at = words.index("--moments")
+        words = words[:at] + words[at + 2 :]
+    return [Path(word).name if word.endswith(".txt") else word for word in words]
 
 
 def machine() -> dict[str, Any]:

@@ -59,7 +59,7 @@ class TextOptions:
     """UTF-8 file for calibration; default: half of the topics in Python's own pydoc_data."""
     eval_text: Path | None = None
     """UTF-8 file for evaluation; default: the other half."""
-    calib_tokens: int = 8192
+    calib_tokens: int = 4096
     """Tokens of the calibration text to use."""
     eval_tokens: int = 4096
     """Tokens of each evaluation text to score."""

@@ -13,14 +13,13 @@ same tensor (q/k/v, gate/up) share one stored input moment.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jaxtyping import Float64, Int64
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qll.calibrate.gram import unpack
@@ -105,6 +104,21 @@ class MomentStore:
             for linear in members
         }
 
+    def linear(self, path: str) -> LinearMoments:
+        """Moments of the one linear at `path`; reads and unpacks nothing else.
+
+        Raises UsageError when the path is not of a linear of a block.
+        """
+        parts = path.split(".", 3)
+        linear = parts[-1]
+        source = next((name for name, members in INPUTS.items() if linear in members), None)
+        if source is None or parts[:2] != ["model", "layers"]:
+            raise UsageError("not a linear of a block", where=self.folder, found=path)
+        name = block_name(int(parts[2]))
+        keys = [f"{source}.input", *([f"{linear}.grad"] if self.gradients else [])]
+        tensors = self._load(name, keys)
+        return self._linear(unpack(tensors[keys[0]]), tensors.get(f"{linear}.grad"))
+
     def head(self) -> LinearMoments:
         """Moment of what lm_head reads, the final normed hidden state.
 
@@ -123,13 +137,15 @@ class MomentStore:
             return LinearMoments(moment, None, self.tokens)
         return LinearMoments(moment, unpack(grad), self.tokens, self.grad_tokens)
 
-    def _load(self, name: str) -> Mapping[str, Tensor]:
+    def _load(self, name: str, keys: Sequence[str] | None = None) -> Mapping[str, Tensor]:
+        """The tensors of a file, or only those of `keys`."""
         path = self.folder / name
         hint = f"delete {self.folder} and calibrate again"
         if not path.is_file():
             raise MissingFileError("file of the calibration is missing", where=path, hint=hint)
         try:
-            return load_file(path)
+            with safe_open(path, framework="pt") as file:
+                return {key: file.get_tensor(key) for key in keys or file.keys()}
         except SafetensorError as error:
             raise IntegrityError(
                 "not a readable safetensors file", where=path, found=str(error), hint=hint

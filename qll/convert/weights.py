@@ -37,10 +37,9 @@ def metrics_of(
         return [_vocabulary_metric(source, moments, members[0], options)]
     if moments is None or options.metric == "plain":
         return [plain() for _ in members]
-    known = moments.block(int(members[0].split(".")[2]))
     metrics = []
     for member in members:
-        of_member, gain = known[member], _gain(source, member, options)
+        of_member, gain = moments.linear(member), _gain(source, member, options)
         if gain is not None:
             of_member = replace(of_member, input=_before_gain(of_member.input, gain))
         metrics.append(metric_of(of_member, options.metric))
@@ -71,7 +70,9 @@ def _vocabulary_metric(
     if member == EMBEDDING and not source.config.tie_word_embeddings:
         return Metric(options.metric, left=rows)
     head = moments.head()
-    columns = shrink(head.input / head.tokens, 0.0)
+    moment = head.input / head.tokens
+    gain = _gain(source, member, options)
+    columns = shrink(moment if gain is None else _before_gain(moment, gain), 0.0)
     if member == HEAD:
         return Metric(options.metric, left=rows, right=columns)
     columns = columns / columns.diagonal().mean() + torch.eye(len(columns), dtype=torch.float64)

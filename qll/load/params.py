@@ -41,11 +41,7 @@ def meta_config(
     for key in REFUSED:
         if params.get(key) not in (None, -1, {}):
             raise ConfigError("variant of Llama is not implemented", where=where, found=key)
-    heads = whole(params, "n_heads", where)
-    vocab = params.get("vocab_size", -1)
-    if vocab == -1:
-        table = shapes.get("lm_head.weight", shapes.get("model.embed_tokens.weight", (None,)))
-        vocab = table[0]
+    heads, vocab = whole(params, "n_heads", where), _vocab_size(params, shapes)
     is_llama_3 = vocab == LLAMA_3_VOCAB
     theta = _theta(params, where)
     scaled = params.get("use_scaled_rope", False)
@@ -68,6 +64,13 @@ def meta_config(
         if scaled
         else {"rope_type": "default", "rope_theta": theta},
     )
+
+
+def _vocab_size(params: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Any:
+    """Stated size, else (-1 in Llama 2) the rows of the head or the embedding table."""
+    if (stated := params.get("vocab_size", -1)) != -1:
+        return stated
+    return shapes.get("lm_head.weight", shapes.get("model.embed_tokens.weight", (None,)))[0]
 
 
 def _feed_forward(params: Mapping[str, Any], where: Path) -> int:

@@ -25,6 +25,18 @@ from transformers import (
 
 from qll.errors import UnsafeCheckpointError, UsageError
 
+# A template is a program by a stranger; besides its own errors it can fail as programs do
+TEMPLATE_FAILURES = (
+    TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+
 
 def generate(
     model: PreTrainedModel,
@@ -124,9 +136,12 @@ def _render(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
             found=str(error),
             hint="do not use this tokenizer's template",
         ) from None
-    except TemplateError as error:
+    except TEMPLATE_FAILURES as error:
         raise UnsafeCheckpointError(
-            "the chat template cannot be rendered", where="tokenizer", found=str(error)
+            "the chat template cannot be rendered",
+            where="tokenizer",
+            found=str(error),
+            hint="generate without chat",
         ) from None
 
 

@@ -132,7 +132,7 @@ BAD = {
     evil_pth: r"consolidated\.00\.pth",
     evil_bin: r"safetensors",
     shapes_of_another_config: r"expected .*128.*found .*64",
-    config_without_rope: r"config\.json.*rotary.*expected rope_parameters.*found neither; add the value",
+    config_without_rope: r"config\.json.*rotary.*found neither\); add the value",
     nan_weights: r"q_proj.*NaN.*1 of 4096.*download or convert",
     tokenizer_larger_than_the_table: r"300.*512|512.*300",
     no_tokenizer: r"tokenizer\.json or tokenizer\.model",

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from qll.calibrate import LINEARS, collect
+from qll.errors import UsageError
 from qll.load import open_source
 
 WINDOWS, CONTEXT = 3, 24
@@ -160,3 +161,15 @@ def test_one_block_in_memory(source, windows, tmp_path, monkeypatch):
     monkeypatch.setattr(passes, "build_block", watched)
     collect(source, windows, tmp_path, gradients=True)
     assert alive == [0, 0, 0, 0]
+
+
+def test_one_linear_equals_its_part_of_the_block(source, windows, tmp_path):
+    tiny_store = collect(source, windows, tmp_path, gradients=True)
+    block = tiny_store.block(1)
+    for path, whole in block.items():
+        alone = tiny_store.linear(path)
+        assert torch.equal(alone.input, whole.input)
+        assert torch.equal(alone.grad, whole.grad)
+        assert (alone.tokens, alone.grad_tokens) == (whole.tokens, whole.grad_tokens)
+    with pytest.raises(UsageError, match="not a linear of a block"):
+        tiny_store.linear("model.norm")

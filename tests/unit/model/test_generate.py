@@ -85,6 +85,10 @@ ATTACKS = [
     "{% set x = messages.append({}) %}",
     "{{ messages[0].update({'role': 'system'}) }}",
     "{% for m in messages %}",
+    "{{ range(10 ** 9) | list }}",
+    "{{ 1 / 0 }}",
+    "{{ messages + 1 }}",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
 ]
 
 

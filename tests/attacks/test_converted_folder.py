@@ -1,14 +1,19 @@
-"""A converted folder in which one bit has turned is never opened, wherever the bit lies."""
+"""A converted folder in which one bit has turned is never opened, and none runs its own code."""
 
 from __future__ import annotations
 
 import json
+import os
 import random
+import shutil
+from pathlib import Path
 
 import pytest
+import torch
 
 from qll import store
 from qll.errors import CheckpointError, IntegrityError
+from qll.load import open_tokenizer
 from qll.model import load
 from tests.conftest import make_tiny_llama
 from tests.unit.model.conftest import write_folder
@@ -74,3 +79,32 @@ def test_an_index_that_is_not_one_is_refused_even_without_the_manifest(folder, t
         with pytest.raises(IntegrityError, match=r"index\.json"):
             load(folder, verify=False)
     index.unlink()
+
+
+def test_code_and_pickles_in_the_folder_are_never_run(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    ran = tmp_path / "ran"
+    (copy / "modeling_qll.py").write_text(f"open({str(ran)!r}, 'w')\n")
+    auto_map = {"AutoTokenizer": ["modeling_qll.Evil", "modeling_qll.Evil"]}
+    settings = json.loads((copy / "tokenizer_config.json").read_text())
+    (copy / "tokenizer_config.json").write_text(json.dumps(settings | {"auto_map": auto_map}))
+    with pytest.raises(IntegrityError, match=r"has changed|another size"):
+        load(copy)
+    load(copy, verify=False)
+    open_tokenizer(copy)
+    (copy / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": RunsCode(ran)}, copy / "pytorch_model.bin")
+    with pytest.raises(IntegrityError, match="no tensors"):
+        load(copy, verify=False)
+    assert not ran.exists()
+
+
+class RunsCode:
+    """A pickle of it creates a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return os.system, (f"touch {self.path}",)

@@ -1,0 +1,83 @@
+"""docs/results.md from the result files: `python benchmarks/results_page.py`. No number by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "results.md"
+LABELS = {
+    "default": "QLL default (K-FAC, one budget, interpolative)",
+    "svd": "truncated SVD",
+    "activation_svd": "activation-aware SVD (SVD-LLM's objective)",
+    "activation_svd_interpolative": "the same with interpolative storage",
+    "kfac_svd_interpolative": "K-FAC SVD, uniform ranks, interpolative",
+    "mpo_3_cores": "MPO, 3 cores everywhere (K-FAC per leg, one budget)",
+}
+
+
+def main() -> None:
+    """Write the page."""
+    parts = ["# Measured results", INTRODUCTION, main_job(read("main_job"))]
+    PAGE.write_text("\n\n".join(parts) + "\n")
+
+
+INTRODUCTION = """Every number here is read from a committed file in `benchmarks/results/`, written
+by the script of the same name; this page is made by `benchmarks/results_page.py`. Rows where we
+lose stay in."""
+
+
+def main_job(result: dict[str, Any]) -> str:
+    """The section of benchmarks/main_job.py."""
+    machine, demo = result["machine"], result["demo"]
+    lines = [
+        "## The main job",
+        f"Machine: {machine['cpu']}, {machine['cores']} cores, {machine['platform']}. "
+        f"Again: `python benchmarks/main_job.py --only NAME`.",
+        "",
+        f"`make demo` after installation: {demo['wall_seconds'] / 60:.1f} minutes, "
+        f"{demo['peak_rss_bytes'] / 1e9:.2f} GB peak memory (limits: 6 minutes, 6 GB).",
+        "",
+        text_table("demo", {"demo": demo}),
+        "",
+        f"`--keep 0.8 --effort fast`, {result['calib_tokens']:,} calibration tokens of "
+        f"`{result['calib']['name']}`, evaluated on the first {result['eval_tokens']:,} tokens of "
+        f"`{result['eval']['name']}` and of the Python documentation (context 1024, windows not "
+        "overlapping), after save and reload. Target: at most 1.9 on WikiText-2.",
+        "",
+        text_table("wikitext", result["rows"]),
+    ]
+    return "\n".join(lines)
+
+
+def text_table(title: str, rows: dict[str, Any]) -> str:
+    """Perplexity over dense per row and text, with the sizes."""
+    texts = list(next(iter(rows.values()))["texts"])
+    head = ["run" if title == "demo" else "method", "kept of block linears", "whole model"]
+    head += [f"ppl / dense, {text}" for text in texts] + [f"KL, {texts[0]}", "minutes"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for name, row in rows.items():
+        cells = [LABELS.get(name, name), f"{row['keep']:.3f}", f"{row['params_ratio']:.3f}"]
+        cells += [ratio(row["texts"][text]) for text in texts]
+        cells += [f"{row['texts'][texts[0]]['kl']:.3f}", f"{row['wall_seconds'] / 60:.1f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def ratio(text: dict[str, float]) -> str:
+    """`1.33 (36.0 / 27.0)`; powers of ten where the model is broken."""
+    shown = f"{text['ratio']:.3f}" if text["ratio"] < 1000 else f"{text['ratio']:.1e}"
+    ppl = f"{text['ppl']:.2f}" if text["ppl"] < 1e6 else f"{text['ppl']:.1e}"
+    return f"{shown} ({ppl} / {text['ppl_dense']:.2f})"
+
+
+def read(name: str) -> dict[str, Any]:
+    """A result file."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+if __name__ == "__main__":
+    main()
