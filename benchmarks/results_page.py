@@ -9,6 +9,8 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "results.md"
+README = ROOT / "README.md"
+MARKERS = ("<!-- results -->", "<!-- /results -->")
 LABELS = {
     "default": "QLL default (K-FAC, one budget, interpolative)",
     "svd": "truncated SVD",
@@ -20,9 +22,39 @@ LABELS = {
 
 
 def main() -> None:
-    """Write the page."""
+    """Write the page, and the README's part of it."""
+    PAGE.write_text(page())
+    README.write_text(readme(README.read_text()))
+
+
+def page() -> str:
+    """The text of docs/results.md."""
     parts = ["# Measured results", INTRODUCTION, main_job(read("main_job"))]
-    PAGE.write_text("\n\n".join(parts) + "\n")
+    return "\n\n".join(parts) + "\n"
+
+
+def readme(text: str) -> str:
+    """`text` with the table between its markers replaced."""
+    before, rest = text.split(MARKERS[0])
+    after = rest.split(MARKERS[1])[1]
+    result = read("main_job")
+    return f"{before}{MARKERS[0]}\n{summary(result)}\n{MARKERS[1]}{after}"
+
+
+def summary(result: dict[str, Any]) -> str:
+    """What the README shows: the demo in one sentence, the comparison as a table."""
+    demo = result["demo"]
+    seconds, memory = demo["wall_seconds"], demo["peak_rss_bytes"]
+    return "\n".join(
+        [
+            f"SmolLM2-135M on {result['machine']['cores']} CPU cores: `make demo` takes "
+            f"{seconds / 60:.1f} minutes and {memory / 1e9:.1f} GB. At `--keep 0.8`, perplexity "
+            f"over the dense model's at the same number of stored parameters, "
+            f"{result['eval_tokens']:,} tokens:",
+            "",
+            text_table("wikitext", result["rows"]),
+        ]
+    )
 
 
 INTRODUCTION = """Every number here is read from a committed file in `benchmarks/results/`, written

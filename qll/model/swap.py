@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM
 from qll.errors import ConfigError, ShapeError
 from qll.model.groups import GROUP_NAMES, TNGroup, TNMember, group_path
 from qll.model.layers import TNEmbedding, TNLinear, TNTiedHead
-from qll.tn import JOINTS, NETWORKS, build, tensor_shapes
+from qll.tn import JOINTS, NETWORKS, build, require_valid, tensor_shapes
 from qll.tn.network import NetworkSpec
 
 Entries = Mapping[tuple[str, ...], NetworkSpec]
@@ -149,6 +149,7 @@ def _check_entry(model: LlamaForCausalLM, members: tuple[str, ...], spec: Networ
             found=spec.format,
             hint="the folder may come from a newer version",
         )
+    require_valid(spec, where)
     shapes = tuple(_matrix_shape(model, path) for path in members)
     expected, found = (shapes, spec.members) if len(members) > 1 else (shapes[0], spec.shape)
     if expected != found:

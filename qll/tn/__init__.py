@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from qll.errors import UsageError
+from qll.errors import ConfigError, QLLError, UsageError
 from qll.tn.entropy import (
     channel_spectrum,
     max_entropy,
@@ -67,6 +67,7 @@ __all__ = [
     "random_purity",
     "rank_for",
     "renyi",
+    "require_valid",
     "singular_values",
     "site_spectra",
     "stable_rank",
@@ -105,6 +106,37 @@ def tensor_shapes(spec: NetworkSpec) -> TensorShapes:
     20
     """
     return _network(spec).tensor_shapes(spec)
+
+
+def require_valid(spec: NetworkSpec, where: object) -> None:
+    """Raise ConfigError unless `spec`, read from a file, is one that can have tensors.
+
+    Sizes must be positive integers and every rank at most what its neighbours allow, so that no
+    spec asks for more memory than the matrix it stands for could need.
+
+    >>> require_valid(NetworkSpec("lowrank", (6, 4), (5,)), "plan.json")
+    Traceback (most recent call last):
+    ...
+    qll.errors.ConfigError: plan.json: impossible ranks (expected at most (4,), found (5,))
+    """
+    sizes = (spec.shape, spec.ranks, *spec.modes.values(), *spec.members)
+    whole = all(type(size) is int and size > 0 for group in sizes for size in group)
+    if not whole or len(spec.shape) != 2 or spec.gauge not in GAUGES:
+        raise ConfigError(
+            "not the spec of a tensor network",
+            where=where,
+            expected=f"positive sizes, two in shape, and a gauge of {', '.join(GAUGES)}",
+            found=spec.to_json(),
+        )
+    try:
+        possible = _network(spec).clamp(spec).ranks
+    except (QLLError, KeyError, IndexError, TypeError, ValueError) as error:
+        what = f"modes or ranks do not belong to the format {spec.format}"
+        raise ConfigError(what, where=where, found=error) from None
+    if possible != spec.ranks:
+        raise ConfigError(
+            "impossible ranks", where=where, expected=f"at most {possible}", found=spec.ranks
+        )
 
 
 def _network(spec: NetworkSpec) -> type:

@@ -7,6 +7,7 @@ and one line.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -76,7 +77,7 @@ class TensorShapes:
     @property
     def num_params(self) -> int:
         """Numbers stored, every pivot index counted as one parameter."""
-        return sum(_product(shape) for shape in (*self.cores, *self.indices))
+        return sum(math.prod(shape) for shape in (*self.cores, *self.indices))
 
 
 @runtime_checkable
@@ -92,77 +93,55 @@ class MatrixNetwork(Protocol):
     @classmethod
     def tensor_shapes(cls, spec: NetworkSpec) -> TensorShapes:
         """Shapes stored for `spec`, in its gauge."""
-        ...
 
     @classmethod
     def max_ranks(cls, spec: NetworkSpec) -> tuple[int, ...]:
         """The ranks at which the format is exact for any matrix of this shape and these modes."""
-        ...
 
     @classmethod
     def clamp(cls, spec: NetworkSpec) -> NetworkSpec:
         """`spec` with each rank lowered to what its neighbours allow (1 at least)."""
-        ...
 
     # -- from a matrix ---------------------------------------------------------------------------
     @classmethod
     def cut_spectra(cls, matrix: Tensor, spec: NetworkSpec) -> list[Tensor]:
         """Singular values of the unfolding at each bond, descending, float64; ranks unused."""
-        ...
 
     @classmethod
     def decompose(cls, matrix: Tensor, spec: NetworkSpec) -> MatrixNetwork:
         """Best (quasi-optimal) network of `spec.ranks` in the Frobenius norm, gauge "none"."""
-        ...
 
     # -- verbs -------------------------------------------------------------------------------------
     def transform_legs(
         self, out: Sequence[Tensor | None], into: Sequence[Tensor | None]
     ) -> MatrixNetwork:
         """Multiply out leg k by out[k] (on the left), in leg k by into[k] (right); None: as is."""
-        ...
 
     def interpolate(self) -> MatrixNetwork:
         """The same matrix with every bond in the interpolative gauge (fewer parameters)."""
-        ...
 
     def expand(self) -> MatrixNetwork:
         """The same matrix with gauge "none" (identity blocks written out)."""
-        ...
 
     def to_matrix(self) -> Tensor:
         """The matrix [out, in]."""
-        ...
 
     def apply(self, x: Tensor) -> Tensor:
         """x W^T for x [..., in]; the matrix is formed only where that costs less."""
-        ...
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows `ids` of the matrix, without the others."""
-        ...
 
     def flops(self, tokens: int) -> int:
         """Multiplications and additions of `apply` on `tokens` rows."""
-        ...
 
     def bond_spectrum(self, k: int) -> Tensor:
         """Singular values of the unfolding at bond k, descending, float64."""
-        ...
 
     def entropy(self, k: int) -> float:
         """Von Neumann entropy of bond k, nats."""
-        ...
 
     def round(
         self, *, rtol: float | None = None, ranks: Sequence[int] | None = None
     ) -> MatrixNetwork:
         """A network of lower ranks: relative error at most `rtol`, ranks at most `ranks`."""
-        ...
-
-
-def _product(shape: Sequence[int]) -> int:
-    result = 1
-    for size in shape:
-        result *= size
-    return result

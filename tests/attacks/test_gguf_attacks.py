@@ -211,7 +211,7 @@ def test_mutated_files_open_or_raise_our_error(tmp_path, tiny_llama, kind):
         path.write_bytes(case)
         return path
 
-    outcomes = survive(mutations(data, 400, seed=2, header=header), write, seconds=10)
+    outcomes = survive(mutations(data, 500, seed=2, header=header), write, seconds=10)
     assert outcomes["HeaderError"] > 20
     assert outcomes["TruncatedFileError"] > 20
     assert 0 < outcomes["opened"] < 300

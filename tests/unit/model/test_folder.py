@@ -274,9 +274,24 @@ def no_spec(quantization):
     quantization["modules"]["model.layers.0.mlp.down_proj"] = {"format": "lowrank"}
 
 
+def of_down(**changes):
+    """A change of the spec of one low-rank matrix."""
+
+    def change(quantization):
+        quantization["modules"]["model.layers.0.mlp.down_proj"] |= changes
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (of_down(ranks=[-5]), "not the spec of a tensor network"),
+        (of_down(ranks=[10**12]), r"impossible ranks \(expected at most \(64,\)"),
+        (of_down(ranks=[2, 2]), "impossible ranks"),
+        (of_down(ranks=["a"]), r"cannot be read|not the spec"),
+        (of_down(gauge="left"), "not the spec of a tensor network"),
+        (of_down(format="mpo"), "do not belong to the format mpo"),
         (newer, "another format version"),
         (unknown_format, "unknown tensor network format .*peps"),
         (unknown_path, r"no such matrix"),

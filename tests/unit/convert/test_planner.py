@@ -1,0 +1,91 @@
+"""Plans: within budget for every format and allocation, JSON there and back, exact at keep 1."""
+
+from __future__ import annotations
+
+import pytest
+
+from qll import store
+from qll.calibrate import collect
+from qll.config import ConvertOptions
+from qll.convert import load_plan, make_plan
+from qll.convert.plan import Plan
+from qll.errors import ConfigError, UsageError
+from qll.load import open_source
+
+FORMATS = ("auto", "lowrank", "mpo", "tucker", "tree", "kron", "joint_tree", "joint_tucker")
+
+
+@pytest.fixture(scope="module")
+def source(tiny_hf_folder):
+    return open_source(tiny_hf_folder)
+
+
+@pytest.fixture(scope="module")
+def moments(source, tmp_path_factory):
+    import torch
+
+    windows = torch.randint(0, 512, (4, 64), generator=torch.Generator().manual_seed(0))
+    return collect(source, windows, tmp_path_factory.mktemp("moments"), gradients=True)
+
+
+@pytest.mark.parametrize("allocation", ["global", "uniform"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_plans_stay_within_the_budget_and_near_it(format, allocation, source, moments):
+    if format == "auto" and allocation == "uniform":
+        pytest.skip("a uniform share leaves nothing to choose between formats")
+    if format.startswith("joint") and allocation == "uniform":
+        pytest.skip("uniform shares are per matrix or group; covered by lowrank")
+    options = ConvertOptions(keep=0.7, format=format, allocation=allocation)
+    plan = make_plan(source, moments, options)
+    total = sum(entry.unit.dense_params for entry in plan.entries if entry.unit.block is not None)
+    assert plan.block_params <= plan.budget == int(0.7 * total)
+    assert plan.block_params > 0.6 * total
+    members = [member for entry in plan.entries for member in entry.unit.members]
+    assert len(members) == len(set(members)) == 2 * 7 + 2
+
+
+def test_plan_survives_json(source, moments, tmp_path):
+    plan = make_plan(source, moments, ConvertOptions(keep=0.5, format="auto"))
+    plan.save(tmp_path / "plan.json")
+    assert load_plan(tmp_path / "plan.json") == plan
+    store.write_json(tmp_path / "broken.json", {"entries": [{}]})
+    with pytest.raises(ConfigError, match=r"broken\.json: not a plan"):
+        load_plan(tmp_path / "broken.json")
+
+
+def test_a_smaller_budget_never_predicts_less_loss(source, moments):
+    losses = [
+        sum(entry.loss for entry in make_plan(source, moments, ConvertOptions(keep=keep)).entries)
+        for keep in (0.9, 0.7, 0.5)
+    ]
+    assert losses == sorted(losses)
+
+
+def test_the_global_budget_beats_equal_shares_in_predicted_loss(source, moments):
+    loss = {}
+    for allocation in ("global", "uniform"):
+        options = ConvertOptions(keep=0.6, format="lowrank", allocation=allocation)
+        loss[allocation] = sum(e.loss for e in make_plan(source, moments, options).entries)
+    assert loss["global"] < loss["uniform"]
+
+
+def test_keep_one_is_exact(source):
+    plan = make_plan(source, None, ConvertOptions(keep=1.0, format="mpo", metric="plain"))
+    assert all(entry.loss == 0 for entry in plan.entries)
+    assert {e.spec.format for e in plan.entries if e.unit.block is not None} == {"mpo"}
+    assert {e.spec for e in make_plan(source, None, ConvertOptions(keep=1.0)).entries} == {None}
+
+
+def test_impossible_wishes_are_refused(source, moments):
+    with pytest.raises(UsageError, match=r"--format dense: dense matrices cannot be shrunk"):
+        make_plan(source, moments, ConvertOptions(keep=0.5, format="dense"))
+    with pytest.raises(UsageError, match="budget is too small"):
+        make_plan(source, moments, ConvertOptions(keep=0.001, format="lowrank"))
+
+
+def test_the_embedding_has_its_own_budget(source, moments):
+    plan = make_plan(source, moments, ConvertOptions(keep=0.8, keep_embeddings=0.5))
+    outside = plan.of_block(None)
+    assert [entry.unit.members[0] for entry in outside] == ["model.embed_tokens", "lm_head"]
+    assert all(entry.params <= 0.5 * entry.unit.dense_params for entry in outside)
+    assert isinstance(Plan.from_json(plan.to_json()), Plan)
