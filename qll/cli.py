@@ -152,9 +152,9 @@ def export(config: ExportConfig) -> None:
 def report(config: ReportConfig) -> None:
     """Draw report.html again from report.json."""
     from qll import store
-    from qll.report import render, text_table
+    from qll.report import read_report, render, text_table
 
-    value = store.read_json(config.run / "report.json")
+    value = read_report(config.run / "report.json")
     store.write_text(config.run / "report.html", render(value))
     print(text_table(value))
     print(f"report: {config.run / 'report.html'}")

@@ -201,7 +201,7 @@ def make_or_load_plan(state: Run, moments: MomentStore | None) -> Plan:
     path = state.out / "plan.json"
     if not path.exists():
         make_plan(state.source, moments, state.config.convert).save(path)
-    return load_plan(path)
+    return load_plan(path, state.source.config)
 
 
 def convert(state: Run, moments: MomentStore | None, plan: Plan) -> list[dict[str, Any]]:
@@ -209,9 +209,13 @@ def convert(state: Run, moments: MomentStore | None, plan: Plan) -> list[dict[st
     from qll.model import commit_folder, write_static_files
 
     options, cores = state.config.convert, state.work / "cores"
-    records_path = state.work / "records.json"
-    if (state.model / store.MANIFEST_NAME).is_file() and records_path.is_file():
-        return store.read_json(records_path)
+    plan_sha256 = store.sha256(state.out / "plan.json")
+    if (state.model / store.MANIFEST_NAME).is_file():
+        manifest = store.read_manifest(state.model)
+        if manifest["plan_sha256"] == plan_sha256:
+            return manifest["matrices"]
+        print("plan.json was edited: converting again", file=sys.stderr)
+        forget_model(state)
     records = convert_units(state.source, moments, plan, options, cores, state.events)
     assemble(state.source, plan, options, cores, state.model)
     write_static_files(
@@ -222,10 +226,16 @@ def convert(state: Run, moments: MomentStore | None, plan: Plan) -> list[dict[st
         folded_norms=options.norms == "fold",
         dtype=saved_dtype(state.source, options),
     )
-    store.write_json(records_path, records)
-    commit_folder(state.model, {"source": state.source.fingerprint, "matrices": records})
+    facts = {"source": state.source.fingerprint, "plan_sha256": plan_sha256, "matrices": records}
+    commit_folder(state.model, facts)
     store.remove(cores)
     return records
+
+
+def forget_model(state: Run) -> None:
+    """Delete the converted model and all that was measured on it; moments and plan stay."""
+    for path in (state.out / "report.json", state.model, state.results, state.entropy):
+        store.remove(path)
 
 
 def evaluate(state: Run) -> dict[str, Any]:
@@ -233,7 +243,7 @@ def evaluate(state: Run) -> dict[str, Any]:
     from qll.evaluate import cost_of_pair, quality_of_pair
     from qll.model import load, load_dense
 
-    path = state.work / "results.json"
+    path = state.results
     if path.exists():
         return store.read_json(path)
     dense = load_dense(state.source, torch.float32, state.device)
@@ -257,7 +267,7 @@ def look_inside(state: Run) -> dict[str, Any]:
     from qll.lens import model_look
     from qll.model import load
 
-    path = state.work / "entropy.json"
+    path = state.entropy
     if path.exists():
         return store.read_json(path)
     converted = load(state.model, device="cpu", dtype=torch.float32, verify=False)

@@ -22,7 +22,7 @@ import torch
 
 from qll import store
 from qll.config import MainConfig, to_json
-from qll.errors import ForeignRunError
+from qll.errors import ForeignRunError, IntegrityError
 from qll.load import Source
 
 PACKAGES = ("torch", "transformers", "safetensors", "gguf", "numpy", "scipy", "opt_einsum")
@@ -57,6 +57,16 @@ class Run:
         return self.config.out / "model"
 
     @property
+    def results(self) -> Path:
+        """What evaluation measured, until the report has it."""
+        return self.work / "results.json"
+
+    @property
+    def entropy(self) -> Path:
+        """What the lens measured, until the report has it."""
+        return self.work / "entropy.json"
+
+    @property
     def events(self) -> Path:
         """One JSON line per thing that happened."""
         return self.config.out / "events.jsonl"
@@ -65,11 +75,9 @@ class Run:
 def claim(state: Run) -> None:
     """Write run.json, or check that the one there is of the same settings and source."""
     path = state.out / "run.json"
-    resolved = {**to_json(state.config), "fingerprint": state.source.fingerprint}
-    for key in ("out", "dry_run"):
-        resolved.pop(key)
+    resolved = {**_binding(state.config), "fingerprint": state.source.fingerprint}
     if path.exists():
-        before = store.read_json(path)["settings"]
+        before = settings_of(path)
         if differing := [
             key for key in _flat(resolved) if _flat(before).get(key) != _flat(resolved)[key]
         ]:
@@ -91,17 +99,35 @@ def claim(state: Run) -> None:
     store.write_json(path, {"settings": resolved, **environment()})
 
 
+def settings_of(path: Path) -> dict[str, Any]:
+    """The settings in a run.json; raises IntegrityError when it holds none."""
+    value = store.read_json(path)
+    settings = value.get("settings") if isinstance(value, dict) else None
+    if not isinstance(settings, dict) or "fingerprint" not in settings:
+        raise IntegrityError(
+            "not the settings of a run",
+            where=path,
+            hint="choose another --out, or delete the folder to start over",
+        )
+    return settings
+
+
 def is_done(config: MainConfig, until: str) -> bool:
-    """Whether an earlier run with these very settings has finished."""
+    """Whether an earlier run with these very settings has finished, with the plan that is there."""
     path, report = config.out / "run.json", config.out / "report.json"
     if until != "report" or not (path.exists() and report.exists()):
         return False
-    before = dict(store.read_json(path)["settings"])
+    before = dict(settings_of(path))
     before.pop("fingerprint")
-    wanted = to_json(config)
-    for key in ("out", "dry_run"):
-        wanted.pop(key)
-    return before == wanted
+    if before != _binding(config):
+        return False
+    manifest = store.read_manifest(config.out / "model")
+    return manifest["plan_sha256"] == store.sha256(config.out / "plan.json")
+
+
+def _binding(config: MainConfig) -> dict[str, Any]:
+    """The settings that decide what a run computes, as JSON."""
+    return {key: value for key, value in to_json(config).items() if key not in UNBINDING}
 
 
 def timed(state: Run, stage: str, function, *arguments):

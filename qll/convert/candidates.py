@@ -1,14 +1,13 @@
 """What a unit could become: (spec, parameters, predicted loss) along a ladder of sizes.
 
-Ranks come from the singular values at every cut, measured in the unit's metric: one threshold for
-all cuts of a network, found by bisection so that the parameters fit. The predicted loss is the sum
+Ranks come from the singular values at every cut, measured in the unit's metric, with one threshold
+for all cuts of a network. The predicted loss is the sum
 of the discarded squares, exact for one bond and an upper bound to first order for several
 (Oseledets 2011, theorem 2.2); in the K-FAC metric half of it is nats per token.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,7 +20,8 @@ from qll.tn import JOINTS, NETWORKS, tensor_shapes
 from qll.tn.network import NetworkSpec
 
 RANK_STEP = 8
-SHARES = tuple(step / 40 for step in range(2, 40))
+# candidates per unit and format, about
+STEPS = 96
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,8 @@ def ladder(unit: Unit, spec: NetworkSpec, spectra: Sequence[Float[Tensor, "_"]])
     """Candidates of growing size from the singular values at the cuts of `spec`, all smaller
     than the dense unit."""
     tails = [tail_energies(spectrum) for spectrum in spectra]
-    if len(spectra) == 1 and spec.format in ("lowrank", "kron"):
-        step = RANK_STEP if spec.format == "lowrank" else 1
-        ranked = [(rank,) for rank in range(step, len(spectra[0]) + 1, step)]
-        ranked = ranked[:: max(1, len(ranked) // 128)]
-    else:
-        ranked = [ranks_within(spec, spectra, int(share * unit.dense_params)) for share in SHARES]
     found: dict[int, Candidate] = {}
-    for ranks in ranked:
+    for ranks in rank_ladder(spec, spectra):
         sized = format_of(spec).clamp(spec.with_ranks(ranks))
         params = tensor_shapes(sized).num_params
         if params < unit.dense_params:
@@ -68,22 +62,19 @@ def ladder(unit: Unit, spec: NetworkSpec, spectra: Sequence[Float[Tensor, "_"]])
     return [found[params] for params in sorted(found)]
 
 
-def ranks_within(
-    spec: NetworkSpec, spectra: Sequence[Float[Tensor, "_"]], budget: int
-) -> tuple[int, ...]:
-    """Ranks from one threshold over all cuts, the largest that store at most `budget` numbers."""
-    top = max(float(spectrum[0]) for spectrum in spectra)
-    low, high = math.log(max(top, 1e-30)) - 40, math.log(max(top, 1e-30)) + 1
-    best = _above(spectra, high)
-    for _ in range(50):
-        middle = (low + high) / 2
-        ranks = _above(spectra, middle)
-        sized = format_of(spec).clamp(spec.with_ranks(ranks))
-        if tensor_shapes(sized).num_params <= budget:
-            best, high = sized.ranks, middle
-        else:
-            low = middle
-    return best
+def rank_ladder(spec: NetworkSpec, spectra: Sequence[Float[Tensor, "_"]]) -> list[tuple[int, ...]]:
+    """Ranks worth trying: steps of one bond, or for several bonds thresholds common to all.
+
+    The thresholds are spread evenly over the singular values of all cuts, so that each step keeps
+    about as many more of them.
+    """
+    if len(spectra) == 1:
+        step = RANK_STEP if spec.format == "lowrank" else 1
+        ranks = [(rank,) for rank in range(step, len(spectra[0]) + 1, step)]
+        return ranks[:: max(1, len(ranks) // STEPS)]
+    values = torch.cat(list(spectra)).sort(descending=True).values
+    places = torch.linspace(0, len(values) - 1, min(STEPS, len(values))).long()
+    return [_above(spectra, float(values[place])) for place in places]
 
 
 def tail_energies(spectrum: Float[Tensor, "_"]) -> Float[Tensor, "_"]:
@@ -101,6 +92,5 @@ def format_of(spec: NetworkSpec):
     return NETWORKS.get(spec.format) or JOINTS[spec.format]
 
 
-def _above(spectra: Sequence[Tensor], log_threshold: float) -> tuple[int, ...]:
-    threshold = math.exp(log_threshold)
-    return tuple(max(1, int((spectrum > threshold).sum())) for spectrum in spectra)
+def _above(spectra: Sequence[Tensor], threshold: float) -> tuple[int, ...]:
+    return tuple(max(1, int((spectrum >= threshold).sum())) for spectrum in spectra)

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import LlamaConfig
+
 from qll import store
-from qll.convert.units import Unit
+from qll.convert.units import Unit, matrix_shapes
 from qll.errors import ConfigError
-from qll.tn import tensor_shapes
+from qll.tn import require_valid, tensor_shapes
 from qll.tn.network import NetworkSpec
 
 
@@ -46,6 +48,8 @@ class PlanEntry:
         """The entry written by `to_json`; the counts are computed anew."""
         unit = Unit(tuple(value["members"]), tuple(tuple(shape) for shape in value["shapes"]))
         spec = None if value["spec"] is None else NetworkSpec.from_json(value["spec"])
+        if spec is not None:
+            require_valid(spec, where=unit.name)
         return cls(unit, spec, float(value["predicted_loss"]))
 
 
@@ -88,11 +92,49 @@ class Plan:
         store.write_json(path, self.to_json())
 
 
-def load_plan(path: Path) -> Plan:
-    """The plan saved at `path`; raises ConfigError when it is not one."""
+def load_plan(path: Path, config: LlamaConfig | None = None) -> Plan:
+    """The plan saved at `path`, perhaps edited by hand.
+
+    Raises ConfigError when it is not a plan or holds an impossible network and, given the `config`
+    of a model, when its entries are not that model's matrices, each once.
+    """
     try:
-        return Plan.from_json(store.read_json(path))
-    except (KeyError, TypeError, ValueError) as error:
+        plan = Plan.from_json(store.read_json(path))
+    except ConfigError as error:
+        raise ConfigError(f"impossible entry: {error}", where=path) from None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(
             "not a plan", where=path, found=repr(error), hint="write one with `qll plan`"
         ) from None
+    if config is not None:
+        _require_matrices(plan, config, path)
+    return plan
+
+
+def _require_matrices(plan: Plan, config: LlamaConfig, path: Path) -> None:
+    """Every matrix of the model once, with its shape, in a network of that shape."""
+    wanted = matrix_shapes(config)
+    pairs = [
+        pair
+        for entry in plan.entries
+        for pair in zip(entry.unit.members, entry.unit.shapes, strict=True)
+    ]
+    found = dict(pairs)
+    if found != wanted or len(pairs) != len(found):
+        differing = sorted(dict(set(found.items()) ^ set(wanted.items())))
+        raise ConfigError(
+            "the entries are not the matrices of the model, each once",
+            where=path,
+            found=", ".join(differing[:3]) or "a matrix in two entries",
+            hint="edit formats and ranks only, or write a new plan with `qll plan`",
+        )
+    for entry in plan.entries:
+        shape = (sum(out for out, _ in entry.unit.shapes), entry.unit.shapes[0][1])
+        joint = entry.unit.shapes if len(entry.unit.members) > 1 else ()
+        if entry.spec is not None and (entry.spec.shape, entry.spec.members) != (shape, joint):
+            raise ConfigError(
+                "network of another shape than its matrices",
+                where=f"{path}: {entry.unit.name}",
+                expected=shape,
+                found=entry.spec.shape,
+            )

@@ -98,6 +98,17 @@ def head_unit(config: LlamaConfig) -> Unit:
     return Unit((HEAD,), ((config.vocab_size, config.hidden_size),))
 
 
+def matrix_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
+    """(out, in) of every matrix of a model by its path: block linears, embedding, untied head."""
+    units = [
+        unit for block in range(config.num_hidden_layers) for unit in single_units(config, block)
+    ]
+    units.append(embedding_unit(config))
+    if not config.tie_word_embeddings:
+        units.append(head_unit(config))
+    return {unit.members[0]: unit.shapes[0] for unit in units}
+
+
 def tensor_path(members: Sequence[str]) -> str:
     """Where the cores of an entry are stored: the matrix itself, or its group's module."""
     return members[0] if len(members) == 1 else group_path(members)

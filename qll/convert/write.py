@@ -51,18 +51,30 @@ def convert_units(
     for entry in bar:
         bar.set_postfix_str(entry.unit.name.removeprefix("model."))
         path = work / f"{entry.unit.name}.safetensors"
-        line = done.get(entry.unit.name)
-        if line is None or not path.is_file() or store.sha256(path) != line["sha256"]:
+        line, spec = done.get(entry.unit.name), entry.to_json()["spec"]
+        if not _is_done(line, spec, path):
             started = time.monotonic()
             tensors, matrices = convert_entry(source, moments, entry, options)
             store.write_tensors(path, tensors)
-            line = {"unit": entry.unit.name, "sha256": store.sha256(path), "matrices": matrices}
+            line = {
+                "unit": entry.unit.name,
+                "spec": spec,
+                "sha256": store.sha256(path),
+                "matrices": matrices,
+            }
             store.append_line(work / JOURNAL, line)
             seconds = round(time.monotonic() - started, 3)
             for matrix in matrices:
                 store.append_line(events, {"event": "converted", **matrix, "seconds": seconds})
         records += line["matrices"]
     return records
+
+
+def _is_done(line: dict[str, Any] | None, spec: dict[str, Any] | None, path: Path) -> bool:
+    """Whether the journal's line is of this very spec and the file has the bytes it says."""
+    if line is None or line["spec"] != spec or not path.is_file():
+        return False
+    return store.sha256(path) == line["sha256"]
 
 
 def convert_entry(

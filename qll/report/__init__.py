@@ -4,7 +4,7 @@ In: what the rooms measured. Out: JSON data (`build_report`), a page (`render`),
 terminal (`text_table`). Read view.py first: it says what the page shows and from which key.
 """
 
-from qll.report.build import build_report, check_report
+from qll.report.build import build_report, check_report, read_report
 from qll.report.page import render
 from qll.report.sections import compression_section, model_section
 from qll.report.text import text_table
@@ -14,6 +14,7 @@ __all__ = [
     "check_report",
     "compression_section",
     "model_section",
+    "read_report",
     "render",
     "text_table",
 ]

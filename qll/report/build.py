@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from types import NoneType
 from typing import Any
 
 from qll.errors import ReportError
+from qll.store import read_json
 
 SCHEMA_VERSION = 1
 
@@ -143,6 +144,16 @@ def build_report(
     notes = [f"{place} is not a finite number; the report shows n/a" for place in dropped]
     report["warnings"] = [str(warning) for warning in warnings] + notes
     check_report(report)
+    return report
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """The report in `path`; raises IntegrityError or ReportError, naming the file."""
+    report = read_json(path)
+    try:
+        check_report(report)
+    except ReportError as error:
+        raise ReportError(f"not a report of this version: {error}", where=path) from None
     return report
 
 

@@ -135,6 +135,51 @@ def test_plan_can_be_edited_and_passed_back(tiny_checkpoint, tmp_path):
     assert config["quantization_config"]["modules"][first]["ranks"] == [3]
 
 
+def test_a_plan_edited_between_runs_is_converted_again(tiny_checkpoint, tmp_path, capsys):
+    out = tmp_path / "out"
+    flags = ["--llama_dir", str(tiny_checkpoint), "--out", str(out), "--format", "lowrank"]
+    flags += ["--metric", "plain", *QUICK]
+    assert main(flags) == 0
+    before = (out / "model" / "config.json").read_text()
+    plan = json.loads((out / "plan.json").read_text())
+    plan["entries"][0]["spec"]["ranks"] = [5]
+    (out / "plan.json").write_text(json.dumps(plan))
+    assert main(flags) == 0
+    assert "edited" in capsys.readouterr().err
+    assert (out / "model" / "config.json").read_text() != before
+    rows = json.loads((out / "report.json").read_text())["compression"]["per_matrix"]
+    assert rows[0]["ranks"] == [5]
+
+
+MISTAKES = {
+    "negative rank": lambda entry: entry["spec"].update(ranks=[-5]),
+    "huge rank": lambda entry: entry["spec"].update(ranks=[10**6]),
+    "two ranks": lambda entry: entry["spec"].update(ranks=[2, 2]),
+    "a word": lambda entry: entry["spec"].update(ranks=["a"]),
+    "unknown format": lambda entry: entry["spec"].update(format="peps"),
+    "other shape": lambda entry: entry["spec"].update(shape=[3, 3], ranks=[1]),
+    "unknown matrix": lambda entry: entry.update(members=["model.layers.9.self_attn.q_proj"]),
+    "no spec": lambda entry: entry.pop("spec"),
+}
+
+
+@pytest.mark.parametrize("mistake", sorted(MISTAKES))
+def test_mistakes_in_an_edited_plan_are_named(mistake, tiny_checkpoint, tmp_path, capsys):
+    out = tmp_path / "out"
+    flags = ["--llama_dir", str(tiny_checkpoint), "--out", str(out), "--format", "lowrank"]
+    flags += ["--metric", "plain", *QUICK]
+    assert main(["plan", *flags]) == 0
+    plan = json.loads((out / "plan.json").read_text())
+    MISTAKES[mistake](plan["entries"][0])
+    (out / "plan.json").write_text(json.dumps(plan))
+    capsys.readouterr()
+    assert main(["convert", *flags]) == 3
+    error = capsys.readouterr().err
+    assert "plan.json" in error
+    assert "Traceback" not in error
+    assert not (out / "model").exists()
+
+
 def test_dry_run_writes_nothing(tiny_checkpoint, tmp_path, capsys):
     out = tmp_path / "out"
     flags = ["--llama_dir", str(tiny_checkpoint), "--out", str(out), "--dry_run", *QUICK]

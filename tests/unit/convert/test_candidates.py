@@ -1,9 +1,11 @@
 """Ladders: parameters are those of the spec, losses are tails, thresholds fill budgets."""
 
+import itertools
+
 import pytest
 import torch
 
-from qll.convert.candidates import dense, exact, ladder, ranks_within, tail_energies
+from qll.convert.candidates import dense, exact, ladder, tail_energies
 from qll.convert.fit import fit, spectra
 from qll.convert.metric import plain
 from qll.convert.units import Unit
@@ -57,11 +59,12 @@ def test_predicted_loss_bounds_the_error_of_several_bonds(format):
 
 
 @pytest.mark.parametrize("format", ["mpo", "tucker", "tree", "kron"])
-@pytest.mark.parametrize("budget", [300, 900, 1500])
-def test_ranks_within_fill_the_budget(format, budget):
+def test_ladders_leave_no_wide_gap(format):
     spec = spec_of(format)
-    ranks = ranks_within(spec, spectra([weight()], spec, [plain()]), budget)
-    assert tensor_shapes(spec.with_ranks(ranks)).num_params <= budget
+    items = ladder(UNIT, spec, spectra([weight()], spec, [plain()]))
+    sizes = [0, *(item.params for item in items), UNIT.dense_params]
+    steps = [after - before for before, after in itertools.pairwise(sizes)]
+    assert max(steps) < 0.2 * UNIT.dense_params
 
 
 @pytest.mark.parametrize("format", ["lowrank", "mpo", "tucker", "tree", "kron"])
