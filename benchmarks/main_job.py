@@ -53,7 +53,9 @@ def main() -> None:
     results |= {"calib_tokens": CALIB_TOKENS, "eval_tokens": EVAL_TOKENS}
     with tempfile.TemporaryDirectory() as folder:
         names = [name for name in ROWS if arguments.only in (None, name)]
-        moments = calibrate(arguments, Path(folder)) if names else None
+        moments = arguments.moments
+        if names and moments is None:
+            moments = calibrate(arguments, Path(folder))
         for name in names:
             results["rows"][name] = wikitext_row(arguments, ROWS[name], moments)
             save(results)
@@ -166,6 +168,7 @@ def parse() -> argparse.Namespace:
     data = ROOT.parent / "shared" / "data"
     parser.add_argument("--calib", type=Path, default=data / "wikitext2_raw_calib.txt")
     parser.add_argument("--eval", type=Path, default=data / "wikitext2_raw_eval.txt")
+    parser.add_argument("--moments", type=Path, help="moments of an earlier calibration, if any")
     parser.add_argument("--only", choices=["demo", *ROWS])
     return parser.parse_args()
 

@@ -20,7 +20,7 @@ from qll.tn import JOINTS, NETWORKS, tensor_shapes
 from qll.tn.network import NetworkSpec
 
 RANK_STEP = 8
-# candidates per unit and format, about
+# candidates per unit of a format with thresholds
 STEPS = 96
 
 
@@ -45,12 +45,17 @@ def exact(unit: Unit, spec: NetworkSpec) -> Candidate:
     return Candidate(unit, full, tensor_shapes(full).num_params, 0.0)
 
 
-def ladder(unit: Unit, spec: NetworkSpec, spectra: Sequence[Float[Tensor, "_"]]) -> list[Candidate]:
+def ladder(
+    unit: Unit,
+    spec: NetworkSpec,
+    spectra: Sequence[Float[Tensor, "_"]],
+    step: int = RANK_STEP,
+) -> list[Candidate]:
     """Candidates of growing size from the singular values at the cuts of `spec`, all smaller
-    than the dense unit."""
+    than the dense unit; low ranks in multiples of `step`."""
     tails = [tail_energies(spectrum) for spectrum in spectra]
     found: dict[int, Candidate] = {}
-    for ranks in rank_ladder(spec, spectra):
+    for ranks in rank_ladder(spec, spectra, step):
         sized = format_of(spec).clamp(spec.with_ranks(ranks))
         params = tensor_shapes(sized).num_params
         if params < unit.dense_params:
@@ -62,16 +67,16 @@ def ladder(unit: Unit, spec: NetworkSpec, spectra: Sequence[Float[Tensor, "_"]])
     return [found[params] for params in sorted(found)]
 
 
-def rank_ladder(spec: NetworkSpec, spectra: Sequence[Float[Tensor, "_"]]) -> list[tuple[int, ...]]:
+def rank_ladder(
+    spec: NetworkSpec, spectra: Sequence[Float[Tensor, "_"]], step: int
+) -> list[tuple[int, ...]]:
     """Ranks worth trying: steps of one bond, or for several bonds thresholds common to all.
 
     The thresholds are spread evenly over the singular values of all cuts, so that each step keeps
     about as many more of them.
     """
-    if len(spectra) == 1:
-        step = RANK_STEP if spec.format == "lowrank" else 1
-        ranks = [(rank,) for rank in range(step, len(spectra[0]) + 1, step)]
-        return ranks[:: max(1, len(ranks) // STEPS)]
+    if spec.format == "lowrank":
+        return [(rank,) for rank in range(step, len(spectra[0]) + 1, step)]
     values = torch.cat(list(spectra)).sort(descending=True).values
     places = torch.linspace(0, len(values) - 1, min(STEPS, len(values))).long()
     return [_above(spectra, float(values[place])) for place in places]

@@ -16,7 +16,7 @@ from transformers import LlamaConfig
 from qll.calibrate import MomentStore
 from qll.config import ConvertOptions
 from qll.convert.allocate import choose
-from qll.convert.candidates import Candidate, dense, exact, ladder
+from qll.convert.candidates import RANK_STEP, Candidate, dense, exact, ladder
 from qll.convert.fit import spectra
 from qll.convert.plan import Plan, PlanEntry
 from qll.convert.units import Unit, embedding_unit, group_unit, head_unit, single_units, template
@@ -77,7 +77,7 @@ def block_candidates(
         scale = _loss_scale(values, options)
         found += [
             Candidate(item.unit, item.spec, item.params, item.loss * scale)
-            for item in ladder(unit, spec, values)
+            for item in ladder(unit, spec, values, _rank_step(options))
         ]
     return found
 
@@ -119,6 +119,12 @@ def _spend(candidates: list[Candidate], budget: int, options: ConvertOptions) ->
     return chosen
 
 
+def _rank_step(options: ConvertOptions) -> int:
+    """Steps of eight run fast; an equal share per matrix is filled to the last rank instead, since
+    nothing else could use what is left over."""
+    return RANK_STEP if options.allocation == "global" else 1
+
+
 def _loss_scale(values: Sequence[Tensor], options: ConvertOptions) -> float:
     """What makes losses of different matrices comparable: nats in K-FAC, else a relative error."""
     if options.metric == "kfac":
@@ -145,7 +151,7 @@ def _vocabulary_entries(
         weights = read_weights(source, unit.members, options)
         metrics = metrics_of(source, moments, unit.members, options)
         values = spectra(weights, spec, metrics)
-        items = ladder(unit, spec, values)
+        items = ladder(unit, spec, values, step=1)
         item = choose(items, int(options.keep_embeddings * unit.dense_params))[0]
         entries.append(PlanEntry(unit, item.spec, item.loss * _loss_scale(values, options)))
     return entries

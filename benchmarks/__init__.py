@@ -1,0 +1,1 @@
+"""One script per table of docs/results.md."""
