@@ -24,7 +24,7 @@ demo: install
 	$(BIN)/python main.py --effort fast --out runs/demo
 
 test: $(VENV)/.installed-test
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

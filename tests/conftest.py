@@ -15,8 +15,9 @@ VOCAB = 512
 
 
 @pytest.fixture(scope="session", autouse=True)
-def two_threads() -> None:
-    torch.set_num_threads(2)
+def few_threads() -> None:
+    """Two threads, or one for each worker when tests run side by side."""
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 def make_tiny_llama(tied: bool = False, seed: int = 0, **changes):

@@ -75,9 +75,9 @@ def test_every_matrix_has_its_line_in_the_events(run, report):
 
 
 BROKEN = {
-    "run.json": ["", "\x00\x01", "\xff"],
+    "run.json": ["", "\x00\x01", "\xff", "{}", "[]", '{"settings": 7}'],
     "plan.json": ["", "{}", "[]", '{"entries": [{}]}'],
-    "report.json": ["", "{"],
+    "report.json": ["", "{", "[]", "{}"],
 }
 
 
