@@ -7,6 +7,8 @@ from pathlib import Path
 
 # before torch starts its threads: waiting threads that spin slow down everything beside them
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# quimb, an oracle of small tests, would compile for a minute what runs once
+os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
 
 import pytest
 import torch
