@@ -21,7 +21,7 @@ SCHEMA_VERSION = 1
 
 NUMBER = (int, float)
 MAYBE_NUMBER = (int, float, NoneType)
-EACH = object()  # in a schema: whatever the keys are called, the values look like this
+EACH = "<each>"  # in a schema: whatever the keys are called, the values look like this
 OPTIONAL = "?"  # at the end of a key: may be absent
 
 BOTH = {"dense": MAYBE_NUMBER, "converted": MAYBE_NUMBER}  # of the dense, of the converted model
