@@ -33,7 +33,7 @@ class ConvertOptions:
     metric: Literal["kfac", "activation", "plain"] = "kfac"
     """Norm in which weights are truncated: K-FAC (inputs and output gradients), inputs, or none."""
     allocation: Literal["global", "uniform"] = "global"
-    """One budget over all matrices by predicted loss, or the same share for each matrix."""
+    """One budget over all matrices by predicted loss, or equal shares (auto is then lowrank)."""
     gauge: Literal["interpolative", "none"] = "interpolative"
     """Store an identity block per bond for free, or every number of every core."""
     sites: int = 3

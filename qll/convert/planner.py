@@ -84,16 +84,22 @@ def block_candidates(
 
 def _offers(config: LlamaConfig, options: ConvertOptions, block: int) -> Iterator[tuple[Unit, str]]:
     """(unit, format) pairs offered under --format."""
-    groups = [group_unit(config, block, name) for name in GROUPS_OF.get(options.format, ())]
+    # equal shares leave nothing to choose: auto is then one low-rank network per matrix
+    format = "lowrank" if _is_uniform_auto(options) else options.format
+    groups = [group_unit(config, block, name) for name in GROUPS_OF.get(format, ())]
     covered = {member for unit in groups for member in unit.members}
-    joint = "joint_tucker" if options.format == "joint_tucker" else "joint_tree"
+    joint = "joint_tucker" if format == "joint_tucker" else "joint_tree"
     yield from ((unit, joint) for unit in groups)
     for unit in single_units(config, block):
-        if options.format == "auto":
+        if format == "auto":
             yield unit, "dense"
             yield unit, "lowrank"
         elif unit.members[0] not in covered:
-            yield unit, SINGLE_OF.get(options.format, options.format)
+            yield unit, SINGLE_OF.get(format, format)
+
+
+def _is_uniform_auto(options: ConvertOptions) -> bool:
+    return options.format == "auto" and options.allocation == "uniform" and options.keep < 1.0
 
 
 def _spend(candidates: list[Candidate], budget: int, options: ConvertOptions) -> list[Candidate]:

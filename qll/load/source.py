@@ -82,7 +82,7 @@ class Source(Protocol):
         ...
 
 
-def open_source(path: str | Path | None) -> Source:
+def open_source(path: str | Path | None = None) -> Source:
     """Open a checkpoint: a Hugging Face folder, a Meta folder, a GGUF file or a folder with one.
 
     None is the embedded model, SmolLM2-135M-Instruct. Raises a CheckpointError that says what is

@@ -31,10 +31,6 @@ def moments(source, tmp_path_factory):
 @pytest.mark.parametrize("allocation", ["global", "uniform"])
 @pytest.mark.parametrize("format", FORMATS)
 def test_plans_stay_within_the_budget_and_near_it(format, allocation, source, moments):
-    if format == "auto" and allocation == "uniform":
-        pytest.skip("a uniform share leaves nothing to choose between formats")
-    if format.startswith("joint") and allocation == "uniform":
-        pytest.skip("uniform shares are per matrix or group; covered by lowrank")
     options = ConvertOptions(keep=0.7, format=format, allocation=allocation)
     plan = make_plan(source, moments, options)
     total = sum(entry.unit.dense_params for entry in plan.entries if entry.unit.block is not None)

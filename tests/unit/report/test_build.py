@@ -43,7 +43,7 @@ def step(value, key):
     return value[key.removesuffix(OPTIONAL) if isinstance(key, str) else key]
 
 
-NAMED = [path for path in paths(SCHEMA) if isinstance(path[-1], str)]
+NAMED = [path for path in paths(SCHEMA) if isinstance(path[-1], str) and path[-1] is not EACH]
 REQUIRED = [path for path in NAMED if not path[-1].endswith(OPTIONAL)]
 
 
