@@ -28,8 +28,6 @@ class ConvertOptions:
     """Share of the block linears' parameters to keep, in (0, 1]."""
     format: Format = "auto"
     """Tensor network of every block linear; auto chooses among dense, lowrank and joint_tree."""
-    effort: Literal["fast"] = "fast"
-    """fast: closed forms only (no training)."""
     metric: Literal["kfac", "activation", "plain"] = "kfac"
     """Norm in which weights are truncated: K-FAC (inputs and output gradients), inputs, or none."""
     allocation: Literal["global", "uniform"] = "global"
@@ -55,12 +53,14 @@ class ConvertOptions:
 class TextOptions:
     """Which texts the moments are measured on and the models are scored on."""
 
-    calib_text: Path | None = None
-    """UTF-8 file for calibration; default: half of the topics in Python's own pydoc_data."""
+    calib_text: tuple[Path, ...] = ()
+    """UTF-8 files for calibration, mixed; default: half of the topics in Python's pydoc_data."""
+    calib_weights: tuple[float, ...] = ()
+    """Share of each calibration file; default: equal shares."""
     eval_text: Path | None = None
     """UTF-8 file for evaluation; default: the other half."""
     calib_tokens: int = 4096
-    """Tokens of the calibration text to use."""
+    """Tokens to measure moments on, in windows drawn from everywhere in the calibration texts."""
     eval_tokens: int = 4096
     """Tokens of each evaluation text to score."""
     context: int = 1024
@@ -69,12 +69,75 @@ class TextOptions:
     def __post_init__(self) -> None:
         for name in ("calib_tokens", "eval_tokens", "context"):
             _require_positive(f"--{name}", getattr(self, name), least=2)
-        for name in ("calib_text", "eval_text"):
-            path = getattr(self, name)
+        named = [("calib_text", path) for path in self.calib_text]
+        for name, path in [*named, ("eval_text", self.eval_text)]:
             if path is not None and not path.is_file():
                 raise UsageError(
                     "no such file", where=f"--{name}", found=path, hint="give the path of a text"
                 )
+        self._require_weights()
+
+    def _require_weights(self) -> None:
+        positive = all(0 < weight < float("inf") for weight in self.calib_weights)
+        if self.calib_weights and not (
+            positive and len(self.calib_weights) == len(self.calib_text)
+        ):
+            raise UsageError(
+                "not one weight per calibration file",
+                where="--calib_weights",
+                expected=f"{len(self.calib_text)} positive numbers",
+                found=" ".join(map(str, self.calib_weights)),
+                hint="give as many weights as files of --calib_text, or none",
+            )
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What is trained after the closed forms; unset numbers follow --effort."""
+
+    effort: Literal["fast", "balanced", "best"] = "balanced"
+    """fast: no training; balanced: each block refined; best: refined longer, then healed."""
+    refine_passes: int | None = None
+    """Passes over the refinement windows per block (fast 0, balanced 4, best 4)."""
+    refine_tokens: int = 16384
+    """Tokens each block is refined on; one window in eight is held out."""
+    refine_rate: float = 1e-3
+    """Highest learning rate of the refinement."""
+    heal_tokens: int | None = None
+    """Tokens of distillation of the whole model (fast 0, balanced 0, best 524,288)."""
+    heal_rate: float = 1e-3
+    """Highest learning rate of the healing."""
+    train_context: int = 512
+    """Tokens per training window."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number format of matrix products in training; auto: bfloat16 where it is fast."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("refine_tokens", 2), ("train_context", 2)):
+            _require_positive(f"--{name}", getattr(self, name), least)
+        for name in ("refine_passes", "heal_tokens"):
+            if getattr(self, name) is not None:
+                _require_positive(f"--{name}", getattr(self, name), least=0)
+        for name in ("refine_rate", "heal_rate"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise UsageError(
+                    "not a learning rate",
+                    where=f"--{name}",
+                    expected="a finite number above 0",
+                    found=getattr(self, name),
+                )
+
+    @property
+    def passes(self) -> int:
+        """Passes of block refinement."""
+        by_effort = {"fast": 0, "balanced": 4, "best": 4}
+        return by_effort[self.effort] if self.refine_passes is None else self.refine_passes
+
+    @property
+    def healing(self) -> int:
+        """Tokens of healing."""
+        by_effort = {"fast": 0, "balanced": 0, "best": 524288}
+        return by_effort[self.effort] if self.heal_tokens is None else self.heal_tokens
 
 
 @dataclass(frozen=True)
@@ -99,6 +162,7 @@ class MainConfig:
     """Print what would be done, its size and its memory, and stop."""
     convert: ConvertOptions = field(default_factory=ConvertOptions)
     texts: TextOptions = field(default_factory=TextOptions)
+    train: TrainOptions = field(default_factory=TrainOptions)
 
     def __post_init__(self) -> None:
         if self.sae_layers and self.sae_dir is None:
@@ -218,12 +282,14 @@ def to_json(config: Any) -> Any:
         return {
             item.name: to_json(getattr(config, item.name)) for item in dataclasses.fields(config)
         }
+    if isinstance(config, tuple):
+        return [to_json(item) for item in config]
     return str(config) if isinstance(config, Path) else config
 
 
 def main_config_from_json(value: dict[str, Any], where: Path) -> MainConfig:
     """The MainConfig that `to_json` wrote; raises UsageError for keys we do not know."""
-    parts = {"convert": ConvertOptions, "texts": TextOptions}
+    parts = {"convert": ConvertOptions, "texts": TextOptions, "train": TrainOptions}
     known = {item.name for item in dataclasses.fields(MainConfig)}
     _require_known(where, set(value), known)
     settings = dict(value)
@@ -235,6 +301,8 @@ def main_config_from_json(value: dict[str, Any], where: Path) -> MainConfig:
 
 
 def _path(key: str, value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_path(key, item) for item in value)
     is_path = key in (
         "llama_dir",
         "sae_dir",

@@ -17,11 +17,28 @@ import torch
 from qll import store
 from qll.calibrate import MomentStore, collect
 from qll.config import EvalConfig, GenerateConfig, MainConfig
-from qll.convert import Plan, assemble, convert_units, load_plan, make_plan, saved_dtype
+from qll.convert import (
+    Plan,
+    RefineSettings,
+    assemble,
+    convert_units,
+    load_plan,
+    make_plan,
+    measured_again,
+    refine,
+    saved_dtype,
+    trained_name,
+)
 from qll.errors import UsageError
 from qll.load import Source, builtin_texts, encode, open_source, open_tokenizer, read_text
 from qll.runfolder import Run, claim, is_done, recording, timed, total_seconds
-from qll.runtexts import calibration_facts, calibration_text, evaluation_texts
+from qll.runtexts import (
+    calibration_facts,
+    calibration_names,
+    calibration_windows,
+    evaluation_texts,
+)
+from qll.train import HealSettings, choose_precision, heal
 
 logger = logging.getLogger("qll.pipeline")
 
@@ -44,12 +61,12 @@ def run(config: MainConfig, until: str = "report") -> Path:
         plan = timed(state, "plan", make_or_load_plan, moments)
         if until == "plan":
             return config.out
-        records = timed(state, "convert", convert, moments, plan)
+        made = make_model(state, moments, plan)
         if until == "convert":
             return config.out
         results = timed(state, "evaluate", evaluate)
         entropy = timed(state, "lens", look_inside)
-        timed(state, "report", report, moments, plan, records, results, entropy)
+        timed(state, "report", report, moments, plan, made, results, entropy)
         store.remove(state.work)
     return config.out
 
@@ -99,7 +116,7 @@ def dry_run(config: MainConfig) -> str:
     options, texts = config.convert, config.texts
     lines = [
         f"model        {state.source.name} ({state.source.format}), {params:,} parameters",
-        f"calibration  {calibration_text(config).name}, {texts.calib_tokens:,} tokens",
+        f"calibration  {calibration_names(config)}, {texts.calib_tokens:,} tokens",
         f"convert      --format {options.format} --keep {options.keep} --metric {options.metric}",
         "evaluation   " + ", ".join(text.name for text in evaluation_texts(config)),
         f"device       {state.device}",
@@ -169,8 +186,7 @@ def calibrate(state: Run) -> MomentStore | None:
         return given_moments(config, state.source)
     if config.convert.metric == "plain" or config.convert.keep == 1.0:
         return None
-    text = calibration_text(config)
-    windows, _ = encode(text, state.tokenizer, config.texts.calib_tokens, config.texts.context)
+    windows = calibration_windows(state, config.texts.calib_tokens, config.texts.context)
     gradients = config.convert.metric == "kfac"
     return collect(
         state.source, windows, state.work / "moments", gradients=gradients, device=state.device
@@ -204,32 +220,145 @@ def make_or_load_plan(state: Run, moments: MomentStore | None) -> Plan:
     return load_plan(path, state.source.config)
 
 
-def convert(state: Run, moments: MomentStore | None, plan: Plan) -> list[dict[str, Any]]:
-    """The converted checkpoint in model/, manifest last; returns the per-matrix records."""
-    from qll.model import commit_folder, write_static_files
+def make_model(state: Run, moments: MomentStore | None, plan: Plan) -> dict[str, Any]:
+    """The converted checkpoint in model/, manifest last; returns the facts in its manifest.
 
-    options, cores = state.config.convert, state.work / "cores"
-    plan_sha256 = store.sha256(state.out / "plan.json")
-    if (state.model / store.MANIFEST_NAME).is_file():
-        manifest = store.read_manifest(state.model)
-        if manifest["plan_sha256"] == plan_sha256:
-            return manifest["matrices"]
-        print("plan.json was edited: converting again", file=sys.stderr)
-        forget_model(state)
-    records = convert_units(state.source, moments, plan, options, cores, state.events)
-    assemble(state.source, plan, options, cores, state.model)
+    Closed forms, then what --effort adds to them: block refinement, healing.
+    """
+    if facts := finished_model(state):
+        return facts
+    train, trained, training = state.config.train, None, {}
+    records = timed(state, "convert", convert, moments, plan)
+    is_lossy = any(entry.spec is not None for entry in plan.entries) and plan.keep < 1.0
+    if train.passes and is_lossy:
+        trained = plan_folder(state, "refined")
+        training["refine"] = timed(state, "refine", refine_blocks, moments, plan, trained)
+    if train.healing and is_lossy:
+        refined, trained = trained, plan_folder(state, "healed")
+        training["heal"] = timed(state, "heal", heal_model, plan, refined, trained)
+    return timed(state, "write", write_model, moments, plan, records, training, trained)
+
+
+def finished_model(state: Run) -> dict[str, Any] | None:
+    """The manifest of model/ when it was made of this very plan; another one is deleted."""
+    if not (state.model / store.MANIFEST_NAME).is_file():
+        return None
+    manifest = store.read_manifest(state.model)
+    if manifest["plan_sha256"] == store.sha256(state.out / "plan.json"):
+        return manifest
+    print("plan.json was edited: converting again", file=sys.stderr)
+    forget_model(state)
+    return None
+
+
+def convert(state: Run, moments: MomentStore | None, plan: Plan) -> list[dict[str, Any]]:
+    """The closed form of every matrix in work/cores; returns the per-matrix records."""
+    options = state.config.convert
+    return convert_units(state.source, moments, plan, options, cores_of(state), state.events)
+
+
+def refine_blocks(
+    state: Run, moments: MomentStore | None, plan: Plan, trained: Path
+) -> list[dict[str, Any]]:
+    """Every block trained against its dense self; leaves tensors in `trained`."""
+    train = state.config.train
+    precision = choose_precision(train.precision, state.device)
+    settings = RefineSettings(
+        train.passes, train.refine_rate, precision=precision, seed=state.config.seed
+    )
+    windows = calibration_windows(state, train.refine_tokens, train.train_context)
+    source, options = state.source, state.config.convert
+    cores = cores_of(state)
+    return refine(source, plan, options, moments, windows, cores, trained, settings, state.device)
+
+
+def heal_model(state: Run, plan: Plan, refined: Path | None, trained: Path) -> dict[str, Any]:
+    """The whole model trained against the dense one; leaves tensors in `trained`."""
+    from qll.model import load, load_dense
+
+    if (trained / "facts.json").is_file():
+        return store.read_json(trained / "facts.json")
+    train = state.config.train
+    start = state.work / "start"
+    assemble_folder(state, plan, refined, start)
+    dense = load_dense(state.source, torch.float32, state.device)
+    converted = load(start, device=state.device, dtype=torch.float32, verify=False)
+    precision = choose_precision(train.precision, state.device)
+    settings = HealSettings(
+        train.healing, train.heal_rate, precision=precision, seed=state.config.seed
+    )
+    windows = calibration_windows(state, train.healing, train.train_context)
+    facts = heal(dense, converted, windows, trained, settings)
+    save_trained(converted, trained)
+    store.write_json(trained / "facts.json", facts)
+    store.remove(start)
+    return facts
+
+
+def write_model(
+    state: Run,
+    moments: MomentStore | None,
+    plan: Plan,
+    records: list[dict[str, Any]],
+    training: dict[str, Any],
+    trained: Path | None,
+) -> dict[str, Any]:
+    """model/, committed with its manifest; returns the facts in it."""
+    from qll.model import commit_folder
+
+    if trained is not None:
+        options, cores = state.config.convert, cores_of(state)
+        records = measured_again(state.source, moments, plan, options, cores, trained, records)
+    assemble_folder(state, plan, trained, state.model)
+    facts = {
+        "source": state.source.fingerprint,
+        "plan_sha256": store.sha256(state.out / "plan.json"),
+        "matrices": records,
+        "training": training,
+    }
+    commit_folder(state.model, facts)
+    for folder in (cores_of(state), plan_folder(state, "refined"), plan_folder(state, "healed")):
+        store.remove(folder)
+    return facts
+
+
+def assemble_folder(state: Run, plan: Plan, trained: Path | None, folder: Path) -> None:
+    """Everything of a converted checkpoint but its manifest."""
+    from qll.model import write_static_files
+
+    options = state.config.convert
+    assemble(state.source, plan, options, cores_of(state), folder, trained)
     write_static_files(
-        state.model,
+        folder,
         state.source,
         state.tokenizer,
         {entry.unit.members: entry.spec for entry in plan.entries if entry.spec is not None},
         folded_norms=options.norms == "fold",
         dtype=saved_dtype(state.source, options),
     )
-    facts = {"source": state.source.fingerprint, "plan_sha256": plan_sha256, "matrices": records}
-    commit_folder(state.model, facts)
-    store.remove(cores)
-    return records
+
+
+def save_trained(model: Any, folder: Path) -> None:
+    """The parameters that training moves, one file per block, for `assemble`."""
+    layers = model.config.num_hidden_layers
+    for block in [*range(layers), None]:
+        prefix = "model.norm." if block is None else f"model.layers.{block}."
+        tensors = {
+            name: parameter.detach().cpu()
+            for name, parameter in model.named_parameters()
+            if name.startswith(prefix)
+        }
+        store.write_tensors(folder / trained_name(block), tensors)
+
+
+def cores_of(state: Run) -> Path:
+    """Where the closed forms lie until the model is written."""
+    return state.work / "cores"
+
+
+def plan_folder(state: Run, name: str) -> Path:
+    """A folder of work that belongs to the plan as it is now."""
+    return state.work / f"{name}-{store.sha256(state.out / 'plan.json')[:12]}"
 
 
 def forget_model(state: Run) -> None:
@@ -280,7 +409,7 @@ def report(
     state: Run,
     moments: MomentStore | None,
     plan: Plan,
-    records: list[dict[str, Any]],
+    made: dict[str, Any],
     results: dict[str, Any],
     entropy: dict[str, Any],
 ) -> None:
@@ -290,7 +419,7 @@ def report(
     dtype = str(saved_dtype(state.source, state.config.convert)).removeprefix("torch.")
     value = build_report(
         model=model_section(state.source),
-        compression=compression_section(state.source, plan, records, state.model, dtype),
+        compression=compression_section(state.source, plan, made, state.model, dtype),
         entropy=entropy,
         quality={
             "texts": results["texts"],

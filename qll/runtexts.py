@@ -4,17 +4,33 @@ from __future__ import annotations
 
 from typing import Any
 
+from jaxtyping import Int
+from torch import Tensor
+
 from qll.calibrate import MomentStore
 from qll.config import MainConfig
 from qll.errors import UsageError
-from qll.load import Text, builtin_texts, read_text
+from qll.load import Text, builtin_texts, mixed_windows, read_text
+from qll.runfolder import Run
 
 
-def calibration_text(config: MainConfig) -> Text:
-    """The text of --calib_text, or the calibration half of Python's topics."""
-    if config.texts.calib_text is not None:
-        return read_text(config.texts.calib_text)
-    return builtin_texts()["python_topics_calibration"]
+def calibration_texts(config: MainConfig) -> list[Text]:
+    """The texts of --calib_text, or the calibration half of Python's topics."""
+    if config.texts.calib_text:
+        return [read_text(path) for path in config.texts.calib_text]
+    return [builtin_texts()["python_topics_calibration"]]
+
+
+def calibration_names(config: MainConfig) -> str:
+    """The names of the calibration texts, for people."""
+    return " + ".join(text.name for text in calibration_texts(config))
+
+
+def calibration_windows(state: Run, tokens: int, context: int) -> Int[Tensor, "windows context"]:
+    """Windows drawn from the calibration texts by weight and seed."""
+    texts = calibration_texts(state.config)
+    weights = state.config.texts.calib_weights or (1.0,) * len(texts)
+    return mixed_windows(texts, weights, state.tokenizer, tokens, context, state.config.seed)
 
 
 def evaluation_texts(config: MainConfig) -> list[Text]:
@@ -24,8 +40,8 @@ def evaluation_texts(config: MainConfig) -> list[Text]:
     builtin, texts = builtin_texts(), config.texts
     topics, code = builtin["python_topics_evaluation"], builtin["python_source"]
     chosen = [topics if texts.eval_text is None else read_text(texts.eval_text)]
-    chosen.append(code if texts.calib_text is None else topics)
-    if chosen[0].sha256 == calibration_text(config).sha256:
+    chosen.append(topics if texts.calib_text else code)
+    if chosen[0].sha256 in {text.sha256 for text in calibration_texts(config)}:
         raise UsageError(
             "the evaluation text is the calibration text",
             where="--eval_text",
@@ -36,11 +52,12 @@ def evaluation_texts(config: MainConfig) -> list[Text]:
 
 
 def calibration_facts(config: MainConfig, moments: MomentStore | None) -> dict[str, Any]:
-    """What the moments were measured on, for the report: the text, or the token ids' sha256."""
+    """What the moments were measured on, for the report: the texts, or the token ids' sha256."""
     if moments is None:
         return {"name": None, "sha256": None, "tokens": 0}
     facts = {"tokens": moments.tokens, "windows_sha256": moments.summary["windows_sha256"]}
     if config.moments is not None:
         return {"name": str(config.moments), "sha256": None, **facts}
-    text = calibration_text(config)
-    return {"name": text.name, "sha256": text.sha256, **facts}
+    texts = calibration_texts(config)
+    names, hashes = (" + ".join(getattr(text, key) for text in texts) for key in ("name", "sha256"))
+    return {"name": names, "sha256": hashes, **facts}

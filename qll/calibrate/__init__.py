@@ -1,6 +1,8 @@
 """Text to second moments per linear layer (input, output gradient), streamed block by block."""
 
 from qll.calibrate.capture import collect
+from qll.calibrate.journal import Journal
 from qll.calibrate.moments import LINEARS, LinearMoments, MomentStore
+from qll.calibrate.streams import Streams
 
-__all__ = ["LINEARS", "LinearMoments", "MomentStore", "collect"]
+__all__ = ["LINEARS", "Journal", "LinearMoments", "MomentStore", "Streams", "collect"]

@@ -1,4 +1,4 @@
-"""Which files of a calibration are finished, and for which job: what a resumed run may trust.
+"""Which files of a long job are finished, and of which job: what a resumed run may trust.
 
 `job.json` is the job; each line of `journal.jsonl` is a finished file with its size and facts. A
 file counts as finished only while it is there with that size.
@@ -20,7 +20,7 @@ JOURNAL_NAME = "journal.jsonl"
 
 
 class Journal:
-    """The finished files of the calibration `job` in `folder`.
+    """The finished files of the `job` in `folder`.
 
     Raises ForeignRunError when the folder belongs to another job.
 
@@ -66,7 +66,7 @@ class Journal:
 def _foreign(folder: Path, found: Mapping[str, Any], job: Mapping[str, Any]) -> ForeignRunError:
     differing = [key for key in sorted({*found, *job}) if found.get(key) != job.get(key)]
     return ForeignRunError(
-        "the folder holds the calibration of another job",
+        "the folder holds the work of another job",
         where=folder,
         expected={key: job.get(key) for key in differing},
         found={key: found.get(key) for key in differing},

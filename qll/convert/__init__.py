@@ -1,15 +1,18 @@
-"""Weights -> tensor networks: metric -> plan -> fit -> write. Read planner.py first.
+"""Weights -> tensor networks: metric -> plan -> fit -> refine -> write. Read planner.py first.
 
 Input: a Source and its MomentStore. Output: a plan, and a folder of shards.
 `FORMATS` names what --format accepts; each is fitted by `fit` in the metric of its unit.
 """
 
 from qll.callable_room import callable_room
+from qll.convert.assemble import assemble, trained_name
 from qll.convert.fit import fit
 from qll.convert.plan import Plan, PlanEntry, load_plan
 from qll.convert.planner import make_plan
+from qll.convert.refine import RefineSettings, refine
+from qll.convert.remeasure import measured_again
 from qll.convert.weights import metrics_of, read_weights
-from qll.convert.write import assemble, convert_units, saved_dtype
+from qll.convert.write import convert_units, saved_dtype
 from qll.tn import JOINTS, NETWORKS
 
 FORMATS = ("auto", "dense", *NETWORKS, *JOINTS)
@@ -18,14 +21,18 @@ __all__ = [
     "FORMATS",
     "Plan",
     "PlanEntry",
+    "RefineSettings",
     "assemble",
     "convert_units",
     "fit",
     "load_plan",
     "make_plan",
+    "measured_again",
     "metrics_of",
     "read_weights",
+    "refine",
     "saved_dtype",
+    "trained_name",
 ]
 
 callable_room(__name__, "qll.api", "convert")

@@ -1,8 +1,7 @@
 """The conversion loop: matrix by matrix, each written when it is done, resumable after kill -9.
 
 Every unit leaves `work/cores/<unit>.safetensors` and one journal line; a resumed run skips what the
-journal lists. `assemble` then writes one shard per block, and the caller commits the folder with
-its manifest.
+journal lists. `assemble` then makes the checkpoint of them.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -22,7 +20,7 @@ from qll.calibrate import MomentStore
 from qll.config import ConvertOptions
 from qll.convert.fit import fit
 from qll.convert.plan import Plan, PlanEntry
-from qll.convert.units import HEAD, tensor_path
+from qll.convert.units import tensor_path
 from qll.convert.weights import metrics_of, read_weights
 from qll.load import Source
 from qll.model import gain_of
@@ -102,27 +100,6 @@ def convert_entry(
     return tensors, records
 
 
-def assemble(source: Source, plan: Plan, options: ConvertOptions, work: Path, model: Path) -> None:
-    """Write the shards and their index into `model`: one per block, and one for the rest."""
-    config, layers = source.config, source.config.num_hidden_layers
-    total, weight_map, size = layers + 1, {}, 0
-    bar = tqdm(range(total), "write", unit="shard", file=sys.stderr, disable=None)
-    for k in bar:
-        block = k if k < layers else None
-        tensors: dict[str, Tensor] = {}
-        for entry in plan.of_block(block):
-            tensors |= load_file(work / f"{entry.unit.name}.safetensors")
-        tensors |= _norms(source, options, block)
-        if block is None and config.tie_word_embeddings:
-            tensors = {name: t for name, t in tensors.items() if not name.startswith(HEAD)}
-        name = f"model-{k + 1:05d}-of-{total:05d}.safetensors"
-        store.write_tensors(model / name, dict(sorted(tensors.items())))
-        weight_map |= dict.fromkeys(sorted(tensors), name)
-        size += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-    store.write_json(model / "model.safetensors.index.json", index)
-
-
 def saved_dtype(source: Source, options: ConvertOptions) -> torch.dtype:
     """The dtype of saved tensors: the one asked for, or that of the source's first linear."""
     if options.dtype == "auto":
@@ -143,28 +120,6 @@ def _dense_tensors(
             weight = source.read(f"{member}.weight")
         tensors[f"{member}.weight"] = weight.to(kind)
     return tensors
-
-
-def _norms(source: Source, options: ConvertOptions, block: int | None) -> dict[str, Tensor]:
-    """The RMSNorm gains of a block (None: the final norm); ones where they were folded."""
-    kind = saved_dtype(source, options)
-    prefix = "model.norm" if block is None else f"model.layers.{block}."
-    readers = (
-        {
-            gain_of(f"model.layers.{block}.{path}", source.config)
-            for path in ("self_attn.q_proj", "mlp.gate_proj")
-        }
-        if block is not None
-        else {gain_of(HEAD, source.config)}
-    )
-    norms = {}
-    for name in source.specs():
-        if not (name.startswith(prefix) and name.endswith("norm.weight")):
-            continue
-        gain = source.read(name)
-        folded = options.norms == "fold" and name in readers
-        norms[name] = (torch.ones_like(gain) if folded else gain).to(kind)
-    return norms
 
 
 def _record(

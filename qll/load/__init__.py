@@ -14,6 +14,7 @@ _ELSEWHERE = {
     "Text": "text",
     "builtin_texts": "text",
     "encode": "text",
+    "mixed_windows": "mixture",
     "read_text": "text",
     "describe": "inspect",
 }

@@ -13,9 +13,12 @@ memory. Gradients flow from a block's output to its input; its weights are froze
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import (
     LlamaDecoderLayer,
     LlamaRMSNorm,
@@ -25,6 +28,7 @@ from transformers.models.llama.modeling_llama import (
 from qll.errors import UsageError
 from qll.load import Source
 from qll.model.dense import assign, sdpa_config
+from qll.model.swap import Entries, insert_networks
 
 EMBEDDING = "model.embed_tokens.weight"
 # Rows of the embedding table in memory at a time: 8,192 x 8,192 x 4 bytes = 256 MB for 70B.
@@ -74,6 +78,31 @@ def build_block(
     return block.eval().requires_grad_(False)
 
 
+def build_network_block(
+    config: LlamaConfig,
+    index: int,
+    entries: Entries,
+    tensors: Mapping[str, Shaped[Tensor, "..."]],
+    device: str | torch.device = "cpu",
+) -> LlamaDecoderLayer:
+    """Block `index` with the networks `entries` in the places of their matrices, in float32.
+
+    `tensors` are those of the block in a converted checkpoint, by their names there. Raises
+    MissingTensorError or ShapeError when they are not what the entries ask for.
+    """
+    prefix = f"model.layers.{index}."
+    with torch.device("meta"):
+        model = LlamaForCausalLM(sdpa_config(config))
+        insert_networks(model, entries)
+    block = model.model.layers[index]
+    moved = {
+        name.removeprefix(prefix): t.to(device, torch.float32 if t.is_floating_point() else t.dtype)
+        for name, t in tensors.items()
+    }
+    assign(block, moved, where=f"block {index}")
+    return block.eval().requires_grad_(False)
+
+
 def run_block(
     block: LlamaDecoderLayer, hidden: Float[Tensor, "batch seq d_model"]
 ) -> Float[Tensor, "batch seq d_model"]:
@@ -85,10 +114,13 @@ def run_block(
     torch.Size([1, 3, 8])
     """
     positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
+    config = block.self_attn.config
+    explicit = config._attn_implementation == "eager"
     # a new table per call costs microseconds and is right for every rope type and length
-    rotary = LlamaRotaryEmbedding(block.self_attn.config).to(hidden.device)
+    rotary = LlamaRotaryEmbedding(config).to(hidden.device)
     return block(
         hidden,
+        attention_mask=_causal_mask(hidden) if explicit else None,
         position_embeddings=rotary(hidden, position_ids=positions),
         position_ids=positions,
     )
@@ -105,3 +137,12 @@ def head(
     assign(norm, {"weight": gain}, where=source.name)
     name = EMBEDDING if config.tie_word_embeddings else "lm_head.weight"
     return norm.eval().requires_grad_(False), source.read(name).to(device, dtype)
+
+
+def _causal_mask(hidden: Tensor) -> Tensor:
+    """What eager attention adds to its scores, in the dtype that they have."""
+    device, size = hidden.device, hidden.shape[1]
+    fast = torch.is_autocast_enabled(device.type)
+    kind = torch.get_autocast_dtype(device.type) if fast else hidden.dtype
+    lowest = torch.full((size, size), torch.finfo(kind).min, dtype=kind, device=device)
+    return lowest.triu(1)[None, None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -37,12 +37,13 @@ def model_section(source: Source) -> dict[str, Any]:
 
 
 def compression_section(
-    source: Source, plan: Plan, records: Sequence[Mapping[str, Any]], model: Path, dtype: str
+    source: Source, plan: Plan, made: Mapping[str, Any], model: Path, dtype: str
 ) -> dict[str, Any]:
     """How small the saved folder is; the ratios compare it with the dense model at one dtype.
 
     keep: numbers stored for the block linears / those of the dense ones, counted in the files
-    (pivot indices included). params_ratio and bytes_ratio: the same for the whole model.
+    (pivot indices included). params_ratio and bytes_ratio: the same for the whole model. `made` is
+    the manifest of the folder: what became of each matrix, and what was trained.
     """
     saved = saved_sizes(model)
     params = sum(count for count, _ in saved.values())
@@ -59,7 +60,8 @@ def compression_section(
         "params": {"dense": dense_params, "converted": params},
         "bytes": {"dense": dense_size, "converted": size, "source_file": source.bytes_on_disk},
         "dtype": dtype,
-        "per_matrix": [dict(record) for record in records],
+        "training": made["training"],
+        "per_matrix": [dict(record) for record in made["matrices"]],
     }
 
 

@@ -91,7 +91,8 @@ def row_order(pivots: Int[Tensor, "r"], rows: int) -> Int64[Tensor, "rows"]:
         return _row_order(pivots, rows)
     known = _orders.get(pivots)
     if known is None or known[0] != (pivots._version, rows):
-        known = ((pivots._version, rows), _row_order(pivots, rows))
+        with torch.inference_mode(False):  # a model that was scored may be trained next
+            known = ((pivots._version, rows), _row_order(pivots, rows))
         _orders[pivots] = known
     return known[1]
 

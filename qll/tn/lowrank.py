@@ -129,6 +129,9 @@ class LowRank:
             return x @ self.to_matrix().mT
         left, right = self.cores
         hidden = torch.nn.functional.linear(x, right)
+        if self.spec.gauge == "interpolative" and self._trains(hidden):
+            # backward through a gather of weights is far cheaper than through one of activations
+            return torch.nn.functional.linear(hidden, write(self.indices[0], left))
         image = torch.nn.functional.linear(hidden, left)
         if self.spec.gauge == "none":
             return image
@@ -176,6 +179,10 @@ class LowRank:
         spec = self.spec.with_gauge("none").with_ranks([factors[1].shape[0]])
         network = LowRank(spec, factors)
         return network if self.spec.gauge == "none" else network.interpolate()
+
+    def _trains(self, hidden: Tensor) -> bool:
+        """Whether gradients are wanted for more tokens than the bond is wide."""
+        return hidden.requires_grad and hidden.numel() > hidden.shape[-1] ** 2
 
     def _weights(self) -> int:
         return self.cores[0].numel() + self.cores[1].numel()

@@ -22,6 +22,7 @@ ROOMS = (
     "tn",
     "model",
     "calibrate",
+    "train",
     "convert",
     "evaluate",
     "lens",

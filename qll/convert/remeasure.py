@@ -1,0 +1,65 @@
+"""Errors of matrices after training: what the records of the closed forms no longer say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from qll.calibrate import MomentStore
+from qll.config import ConvertOptions
+from qll.convert.assemble import block_tensors
+from qll.convert.fit import dense_members, relative_errors
+from qll.convert.plan import Plan, PlanEntry
+from qll.convert.units import tensor_path
+from qll.convert.weights import metrics_of, read_weights
+from qll.load import Source
+from qll.tn import build
+
+
+def measured_again(
+    source: Source,
+    moments: MomentStore | None,
+    plan: Plan,
+    options: ConvertOptions,
+    cores: Path,
+    trained: Path,
+    records: list[dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """`records` with rel_error and metric_error of the trained tensors.
+
+    discarded_weight stays: it belongs to the cut, not to what training made of it.
+    """
+    found: dict[str, tuple[float, float]] = {}
+    for block in range(source.config.num_hidden_layers):
+        tensors = block_tensors(source, plan, options, cores, block, trained)
+        for entry in plan.of_block(block):
+            members = entry.unit.members
+            weights = read_weights(source, members, options)
+            metrics = metrics_of(source, moments, members, options)
+            matrices = stored_matrices(entry, tensors)
+            for item in zip(members, weights, matrices, metrics, strict=True):
+                found[item[0]] = relative_errors(*item[1:])
+    names = ("rel_error", "metric_error")
+    return [
+        record | dict(zip(names, found[record["name"]], strict=True))
+        if record["name"] in found
+        else record
+        for record in records
+    ]
+
+
+def stored_matrices(entry: PlanEntry, tensors: dict[str, Tensor]) -> list[Float[Tensor, "_ _"]]:
+    """The matrix each member of `entry` stands for, from the tensors of its block."""
+    members = entry.unit.members
+    if entry.spec is None:
+        return [tensors[f"{member}.weight"] for member in members]
+    path = tensor_path(members)
+    parts: dict[str, list[Tensor]] = {"cores": [], "indices": []}
+    for kind, values in parts.items():
+        while (name := f"{path}.{kind}.{len(values)}") in tensors:
+            values.append(tensors[name])
+    network = build(entry.spec, tuple(parts["cores"]), tuple(parts["indices"]))
+    return dense_members(network)

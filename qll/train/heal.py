@@ -1,0 +1,233 @@
+"""Healing: the whole converted model trained to predict what the dense model predicts.
+
+Every core, matrix left dense and norm gain of the blocks moves; embedding and head stay.
+The loss is KL(dense || converted) per token (Hinton et al. 2015, temperature 1), which needs no
+labels and so cannot learn the calibration text by heart as fast as its next tokens could be.
+Windows are held out: a healing that makes those worse is thrown away.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import safe_open
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from qll import store
+from qll.errors import TextError
+from qll.train.distill import distillation_loss
+from qll.train.optimise import Optimiser
+from qll.train.precision import autocast, prepare_training
+
+logger = logging.getLogger("qll.train")
+
+HELD_OUT = 16  # one window in so many is not trained on
+MOST_HELD_OUT = 8
+CHECKPOINT_TOKENS = 65536
+CHECKPOINT_NAME = "checkpoint.safetensors"
+FROZEN = ("model.embed_tokens.", "lm_head.")
+
+
+@dataclass(frozen=True)
+class HealSettings:
+    """How long and how fast."""
+
+    tokens: int
+    """Tokens to train on, over as many passes as that takes."""
+    rate: float = 1e-3
+    """Highest learning rate."""
+    batch_tokens: int = 1024
+    """Tokens per step, at least one window."""
+    precision: torch.dtype = torch.float32
+    """Dtype of matrix products."""
+    seed: int = 0
+    """Order of the windows."""
+
+
+def heal(
+    dense: PreTrainedModel,
+    converted: PreTrainedModel,
+    windows: Int[Tensor, "windows context"],
+    work: Path,
+    settings: HealSettings,
+) -> dict[str, Any]:
+    """Train `converted` in place towards `dense`; returns what it did.
+
+    The result has `tokens`, `steps`, `kl_before` and `kl_after` (held-out windows, nats per token)
+    and `kept`: False when training did not help and the parameters were put back. A checkpoint in
+    `work` every 65,536 tokens makes an interrupted call continue with the same numbers. Raises
+    NonFiniteError when the loss is not a number.
+    """
+    school = _School(dense, converted, windows, settings)
+    start = {name: p.detach().clone() for name, p in school.trained.items()}
+    path = work / CHECKPOINT_NAME
+    store.make_folder(work)
+    done, before = school.restore(path) if path.is_file() else (0, school.held_out_kl())
+    bar = tqdm(
+        total=settings.tokens,
+        initial=done * school.step_tokens,
+        desc="heal",
+        unit="token",
+        unit_scale=True,
+        file=sys.stderr,
+        disable=None,
+    )
+    since = 0
+    for number, batch in enumerate(school.batches()):
+        if number < done:
+            continue
+        loss = school.step(batch)
+        bar.update(school.step_tokens)
+        bar.set_postfix_str(f"KL {loss:.4f}", refresh=False)
+        since += school.step_tokens
+        if since >= CHECKPOINT_TOKENS:
+            school.save(path, number + 1, before)
+            since = 0
+    bar.close()
+    after = school.held_out_kl()
+    if kept := after < before:
+        logger.info("healing: held-out KL %.4f -> %.4f nats per token", before, after)
+    else:
+        school.assign(start)
+        logger.warning(
+            "healing made held-out windows worse (KL %.4f -> %.4f) and was undone", before, after
+        )
+    return {
+        "tokens": school.steps * school.step_tokens,
+        "steps": school.steps,
+        "kl_before": before,
+        "kl_after": after,
+        "kept": kept,
+        **{key: str(value) for key, value in asdict(settings).items() if key == "precision"},
+    }
+
+
+class _School:
+    """Teacher, student, windows and optimiser of one healing."""
+
+    def __init__(
+        self,
+        dense: PreTrainedModel,
+        converted: PreTrainedModel,
+        windows: Tensor,
+        settings: HealSettings,
+    ) -> None:
+        self.teacher, self.student, self.settings = dense, converted, settings
+        self.device = next(converted.parameters()).device
+        for model in (dense, converted):
+            prepare_training(model, settings.precision, self.device)
+        held = min(MOST_HELD_OUT, max(1, len(windows) // HELD_OUT))
+        if len(windows) <= held:
+            raise TextError(
+                "too little text to heal on",
+                expected="at least 2 windows",
+                found=len(windows),
+                hint="give a longer --calib_text or a shorter --train_context",
+            )
+        # spread, so that every one of several mixed texts is represented
+        places = torch.linspace(0, len(windows) - 1, held).long()
+        away = torch.zeros(len(windows), dtype=torch.bool).index_fill(0, places, True)
+        self.held_out, self.windows = windows[away], windows[~away]
+        self.batch = max(1, settings.batch_tokens // windows.shape[1])
+        self.step_tokens = self.batch * windows.shape[1]
+        self.steps = max(1, settings.tokens // self.step_tokens)
+        frozen_gains = getattr(converted.config, "qll_folded_norms", False)
+        self.trained = {}
+        for name, parameter in converted.named_parameters():
+            frozen = name.startswith(FROZEN) or (frozen_gains and "norm" in name)
+            parameter.requires_grad_(not frozen)
+            if not frozen:
+                self.trained[name] = parameter
+        self.optimiser = Optimiser(list(self.trained.values()), settings.rate, self.steps)
+        kind = settings.precision
+        self.heads = [_output_matrix(model).detach().to(kind) for model in (converted, dense)]
+        self.known: dict[int, Tensor] = {}
+
+    def batches(self) -> Iterator[Tensor]:
+        """Numbers of the windows of each step: every window once per pass, in a seeded order."""
+        waiting, epoch = torch.empty(0, dtype=torch.long), 0
+        for _ in range(self.steps):
+            while len(waiting) < self.batch:
+                order = torch.Generator().manual_seed(self.settings.seed * 1000 + epoch)
+                waiting = torch.cat((waiting, torch.randperm(len(self.windows), generator=order)))
+                epoch += 1
+            yield waiting[: self.batch]
+            waiting = waiting[self.batch :]
+
+    def step(self, numbers: Tensor) -> float:
+        """One step on the windows `numbers`; returns its loss in nats per token."""
+        ids = self.windows[numbers].to(self.device)
+        wanted = self._taught(numbers)
+        with autocast(self.settings.precision, self.device):
+            states = final_states(self.student, ids)
+        loss = distillation_loss(states, wanted, *self.heads)
+        loss.backward()
+        value = loss.item()
+        self.optimiser.step(value)
+        return value
+
+    @torch.no_grad()
+    def held_out_kl(self) -> float:
+        """Mean KL on the held-out windows, nats per token."""
+        total = 0.0
+        with autocast(self.settings.precision, self.device):
+            for window in self.held_out.to(self.device):
+                pair = [final_states(m, window[None]) for m in (self.student, self.teacher)]
+                total += distillation_loss(*pair, *self.heads).item()
+        return total / len(self.held_out)
+
+    @torch.no_grad()
+    def assign(self, parameters: dict[str, Tensor]) -> None:
+        """Copy `parameters` into the student."""
+        for name, value in parameters.items():
+            self.trained[name].copy_(value)
+
+    def save(self, path: Path, steps_done: int, kl_before: float) -> None:
+        """Write parameters and optimiser atomically."""
+        tensors = {f"parameter:{name}": p.detach() for name, p in self.trained.items()}
+        tensors |= {f"adam:{name}": value for name, value in self.optimiser.tensors().items()}
+        store.write_tensors(path, tensors, {"steps": str(steps_done), "kl_before": repr(kl_before)})
+
+    def restore(self, path: Path) -> tuple[int, float]:
+        """Read what `save` wrote; returns the steps done and the KL before the first."""
+        with safe_open(path, framework="pt", device=str(self.device)) as file:
+            done, before = int(file.metadata()["steps"]), float(file.metadata()["kl_before"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        split = {"parameter": {}, "adam": {}}
+        for name, tensor in tensors.items():
+            kind, _, rest = name.partition(":")
+            split[kind][rest] = tensor
+        self.assign(split["parameter"])
+        self.optimiser.restore(split["adam"], done)
+        return done, before
+
+    @torch.no_grad()
+    def _taught(self, numbers: Tensor) -> Float[Tensor, "batch context d_model"]:
+        """The teacher's final states; a later pass finds them where the first one left them."""
+        missing = [number for number in numbers.tolist() if number not in self.known]
+        if missing:
+            with autocast(self.settings.precision, self.device):
+                states = final_states(self.teacher, self.windows[missing].to(self.device))
+            for number, state in zip(missing, states, strict=True):
+                self.known[number] = state.to("cpu", self.settings.precision)
+        return torch.stack([self.known[number] for number in numbers.tolist()]).to(self.device)
+
+
+def final_states(
+    model: PreTrainedModel, ids: Int[Tensor, "batch context"]
+) -> Float[Tensor, "batch context d_model"]:
+    """What the output matrix of `model` reads: the normed last hidden states."""
+    return model.model(input_ids=ids, use_cache=False).last_hidden_state
+
+
+def _output_matrix(model: PreTrainedModel) -> Tensor:
+    return model.lm_head.weight
