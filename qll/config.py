@@ -101,11 +101,11 @@ class TrainOptions:
     """Passes over the refinement windows per block (fast 0, balanced 4, best 4)."""
     refine_tokens: int = 16384
     """Tokens each block is refined on; one window in eight is held out."""
-    refine_rate: float = 1e-3
+    refine_rate: float = 2e-4
     """Highest learning rate of the refinement."""
     heal_tokens: int | None = None
     """Tokens of distillation of the whole model (fast 0, balanced 0, best 524,288)."""
-    heal_rate: float = 1e-3
+    heal_rate: float = 1.5e-4
     """Highest learning rate of the healing."""
     train_context: int = 512
     """Tokens per training window."""

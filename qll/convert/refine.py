@@ -29,6 +29,7 @@ from qll.config import ConvertOptions
 from qll.convert.assemble import block_tensors, trained_name
 from qll.convert.metric import SHRINK_GRAD, factor, shrink
 from qll.convert.plan import Plan
+from qll.convert.write import significant
 from qll.load import Source
 from qll.model.blocks import build_block, build_network_block, embed, run_block
 from qll.train import Optimiser, autocast, prepare_training
@@ -136,7 +137,8 @@ def refine_block(
     with torch.no_grad():
         for parameter, value in zip(trained, kept, strict=True):
             parameter.copy_(value)
-    return {"error_before": before**0.5, "error_after": best**0.5, "best_pass": best_pass}
+    errors = {"error_before": significant(before**0.5), "error_after": significant(best**0.5)}
+    return {**errors, "best_pass": best_pass}
 
 
 def _refine_one(

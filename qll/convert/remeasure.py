@@ -15,6 +15,7 @@ from qll.convert.fit import dense_members, relative_errors
 from qll.convert.plan import Plan, PlanEntry
 from qll.convert.units import tensor_path
 from qll.convert.weights import metrics_of, read_weights
+from qll.convert.write import significant
 from qll.load import Source
 from qll.tn import build
 
@@ -41,7 +42,8 @@ def measured_again(
             metrics = metrics_of(source, moments, members, options)
             matrices = stored_matrices(entry, tensors)
             for item in zip(members, weights, matrices, metrics, strict=True):
-                found[item[0]] = relative_errors(*item[1:])
+                plain, weighted = relative_errors(*item[1:])
+                found[item[0]] = (significant(plain), significant(weighted))
     names = ("rel_error", "metric_error")
     return [
         record | dict(zip(names, found[record["name"]], strict=True))

@@ -139,8 +139,18 @@ def _record(
         "ranks": [] if spec is None else list(spec.ranks),
         "params": round(entry.params * share),
         "params_dense": out * into,
-        "rel_error": rel_error,
-        "metric_error": metric_error,
-        "discarded_weight": discarded,
+        "rel_error": significant(rel_error),
+        "metric_error": significant(metric_error),
+        "discarded_weight": significant(discarded),
         "predicted_loss": entry.loss * share,
     }
+
+
+def significant(value: float) -> float:
+    """`value` to ten digits: the last bits of a sum depend on where its terms lie in memory, and a
+    resumed run must leave the same bytes.
+
+    >>> significant(0.1 + 0.2)
+    0.3
+    """
+    return float(f"{value:.10g}")

@@ -43,7 +43,7 @@ class HealSettings:
 
     tokens: int
     """Tokens to train on, over as many passes as that takes."""
-    rate: float = 1e-3
+    rate: float = 1.5e-4
     """Highest learning rate."""
     batch_tokens: int = 1024
     """Tokens per step, at least one window."""
