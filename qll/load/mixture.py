@@ -26,7 +26,7 @@ MOST_CHARACTERS = 32 << 20
 
 def mixed_windows(
     texts: Sequence[Text],
-    weights: Sequence[float],
+    weights: Sequence[float | int],
     tokenizer: PreTrainedTokenizerFast,
     tokens: int,
     context: int,
@@ -67,7 +67,7 @@ def mixed_windows(
     return torch.cat(drawn)[turns]
 
 
-def shares(weights: Sequence[float], total: int) -> list[int]:
+def shares(weights: Sequence[float | int], total: int) -> list[int]:
     """Whole numbers in the ratio of `weights` that sum to `total` (largest remainders first).
 
     >>> shares([1, 1, 2], 7)

@@ -1,7 +1,7 @@
 """Training of converted models: precision, optimiser and schedule, distillation, healing."""
 
 from qll.train.distill import distillation_loss
-from qll.train.heal import HealSettings, heal
+from qll.train.healing import HealSettings, heal
 from qll.train.optimise import Optimiser
 from qll.train.precision import autocast, choose_precision, prepare_training
 

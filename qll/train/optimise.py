@@ -26,13 +26,13 @@ class Optimiser:
 
     >>> weight = nn.Parameter(torch.ones(1)); optimiser = Optimiser([weight], 0.1, steps=50)
     >>> for _ in range(50):
-    ...     loss = (weight ** 2).sum(); loss.backward(); optimiser.step(float(loss))
+    ...     loss = (weight ** 2).sum(); loss.backward(); optimiser.step(loss.item())
     >>> abs(float(weight)) < 0.1
     True
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], rate: float, steps: int) -> None:
-        self.parameters = list(parameters)
+        self.parameters, self.steps = list(parameters), steps
         # cores have no natural scale to decay to, and a few hundred steps need no regulariser
         self.adam = torch.optim.AdamW(self.parameters, lr=rate, betas=BETAS, weight_decay=0.0)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -69,10 +69,11 @@ class Optimiser:
         for name, tensor in tensors.items():
             number, key = name.split(".")
             state.setdefault(int(number), {})[key] = tensor
-        groups = self.adam.state_dict()["param_groups"]
-        self.adam.load_state_dict({"state": state, "param_groups": groups})
-        self.schedule.last_epoch = steps_done - 1
-        self.schedule.step()
+        settings = self.adam.state_dict()["param_groups"]
+        self.adam.load_state_dict({"state": state, "param_groups": settings})
+        self.schedule.last_epoch = steps_done
+        for group in self.adam.param_groups:
+            group["lr"] = group["initial_lr"] * share_of_rate(steps_done, self.steps)
 
 
 def share_of_rate(step: int, steps: int) -> float:

@@ -1,0 +1,98 @@
+"""Healing on a tiny model: it helps, it stops at the same numbers, it never does harm."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from qll.errors import TextError
+from qll.model import insert_networks
+from qll.model.layers import TNLinear
+from qll.tn.lowrank import LowRank
+from qll.tn.network import NetworkSpec
+from qll.train import HealSettings, heal
+from tests.conftest import VOCAB, make_tiny_llama
+
+WINDOWS = torch.randint(0, VOCAB, (96, 24), generator=torch.Generator().manual_seed(0))
+
+
+def damaged(dense):
+    """The dense model with every MLP matrix cut to a quarter of its rank."""
+    model = copy.deepcopy(dense)
+    for block in range(2):
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            path = f"model.layers.{block}.mlp.{name}"
+            weight = dense.get_submodule(path).weight.detach()
+            spec = NetworkSpec("lowrank", tuple(weight.shape), (16,))
+            network = LowRank.decompose(weight, spec).interpolate()
+            insert_networks(model, {(path,): network.spec})
+            model.set_submodule(path, TNLinear.from_network(network))
+    return model
+
+
+@pytest.fixture
+def pair():
+    dense = make_tiny_llama().requires_grad_(False)
+    return dense, damaged(dense)
+
+
+def settings(**changes) -> HealSettings:
+    return HealSettings(**{"tokens": 4608, "rate": 1e-3, "batch_tokens": 96} | changes)
+
+
+def test_it_lowers_the_held_out_divergence(pair, tmp_path):
+    dense, converted = pair
+    embedding = converted.model.embed_tokens.weight.detach().clone()
+    facts = heal(dense, converted, WINDOWS, tmp_path, settings())
+    assert facts["kept"]
+    assert facts["kl_after"] < facts["kl_before"]
+    assert facts["tokens"] == 4608
+    assert torch.equal(converted.model.embed_tokens.weight, embedding)
+
+
+def test_interrupted_it_ends_with_the_same_numbers(pair, tmp_path, monkeypatch):
+    from qll.train.healing import CHECKPOINT_NAME, _School
+
+    dense, whole = pair
+    broken, resumed = copy.deepcopy(whole), copy.deepcopy(whole)
+    monkeypatch.setattr("qll.train.healing.CHECKPOINT_TOKENS", 96)
+    facts = heal(dense, whole, WINDOWS, tmp_path / "a", settings())
+    steps, original = iter(range(10**6)), _School.step
+
+    def stop_at_twenty(self, batch):
+        if next(steps) == 20:
+            raise KeyboardInterrupt
+        return original(self, batch)
+
+    monkeypatch.setattr(_School, "step", stop_at_twenty)
+    with pytest.raises(KeyboardInterrupt):
+        heal(dense, broken, WINDOWS, tmp_path / "b", settings())
+    monkeypatch.setattr(_School, "step", original)
+    assert (tmp_path / "b" / CHECKPOINT_NAME).is_file()
+    assert heal(dense, resumed, WINDOWS, tmp_path / "b", settings()) == facts
+    for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_harm_is_undone_with_a_warning(pair, tmp_path, caplog):
+    dense, converted = pair
+    start = copy.deepcopy(converted.state_dict())
+    facts = heal(dense, converted, WINDOWS, tmp_path, settings(rate=3.0))
+    assert not facts["kept"]
+    assert "undone" in caplog.text
+    assert all(torch.equal(start[name], value) for name, value in converted.state_dict().items())
+
+
+def test_folded_gains_stay_one(pair, tmp_path):
+    dense, converted = pair
+    converted.config.qll_folded_norms = True
+    gain = converted.model.layers[0].input_layernorm.weight.detach().clone()
+    heal(dense, converted, WINDOWS, tmp_path, settings())
+    assert torch.equal(converted.model.layers[0].input_layernorm.weight, gain)
+
+
+def test_one_window_is_too_little(pair, tmp_path):
+    with pytest.raises(TextError, match="too little text"):
+        heal(*pair, WINDOWS[:1], tmp_path, settings())
