@@ -118,6 +118,8 @@ def dry_run(config: MainConfig) -> str:
         f"model        {state.source.name} ({state.source.format}), {params:,} parameters",
         f"calibration  {calibration_names(config)}, {texts.calib_tokens:,} tokens",
         f"convert      --format {options.format} --keep {options.keep} --metric {options.metric}",
+        f"train        --effort {config.train.effort}: {config.train.passes} passes of "
+        f"refinement per block, {config.train.healing:,} tokens of healing",
         "evaluation   " + ", ".join(text.name for text in evaluation_texts(config)),
         f"device       {state.device}",
         f"disk         at most {needed_bytes(state) / 1e9:.2f} GB in {config.out}",

@@ -14,6 +14,7 @@ from typing import Any
 from qll.report import units
 from qll.report.build import check_report
 from qll.report.matrices import CHANNEL, format_counts, kind_order, matrix_rows
+from qll.report.training import training_words
 from qll.report.view import cost_pairs
 
 WIDTH = 100
@@ -50,6 +51,7 @@ def _model(report: Mapping[str, Any]) -> list[str]:
         f"blocks, params_ratio {compression['params_ratio']:.3f}, "
         f"bytes_ratio {compression['bytes_ratio']:.3f} in {compression['dtype']}",
         f"rows {model['row_order']}; formats: {format_counts(compression['per_matrix'])}",
+        *training_words(report),
     ]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from qll.report import units
 from qll.report.matrices import details, format_counts, grid, matrix_rows, metrics, start
+from qll.report.training import training_words
 from qll.report.units import Number
 
 
@@ -69,7 +70,7 @@ def _about(report: Mapping[str, Any]) -> list[str]:
     words.append(format_counts(report["compression"]["per_matrix"]))
     if "metric" in report["compression"]:
         words.append(f"{report['compression']['metric']} metric")
-    return [word for word in words if word]
+    return [word for word in (*words, *training_words(report)) if word]
 
 
 def _summary(report: Mapping[str, Any]) -> dict[str, str | None]:
