@@ -104,7 +104,7 @@ class TrainOptions:
     refine_rate: float = 2e-4
     """Highest learning rate of the refinement."""
     heal_tokens: int | None = None
-    """Tokens of distillation of the whole model (fast 0, balanced 0, best 524,288)."""
+    """Tokens of distillation of the whole model (fast 0, balanced 0, best 393,216)."""
     heal_rate: float = 1.5e-4
     """Highest learning rate of the healing."""
     train_context: int = 512
@@ -136,7 +136,7 @@ class TrainOptions:
     @property
     def healing(self) -> int:
         """Tokens of healing."""
-        by_effort = {"fast": 0, "balanced": 0, "best": 524288}
+        by_effort = {"fast": 0, "balanced": 0, "best": 393216}
         return by_effort[self.effort] if self.heal_tokens is None else self.heal_tokens
 
 
