@@ -46,6 +46,7 @@ from benchmarks.quality_cells import (
 )
 from benchmarks.quality_texts import Texts
 from qll import store
+from qll.convert.units import linear_shapes
 from qll.evaluate import bytes_by_dtype, count_params
 from qll.load import builtin_texts
 from qll.model import load, load_dense
@@ -110,14 +111,14 @@ def peer_row(cell: Cell, texts: Texts) -> dict[str, Any]:
     )
     method = load_method(cell.method)
     model = load_dense(texts.source)
-    dense, params, size = count_params(model).blocks, 0, 0
+    params, size = 0, 0
     for name, replacement in method(case):
         linear = model.get_submodule(name)
         assert linear.weight.shape == replacement.matrix.shape, name
         linear.weight = nn.Parameter(replacement.matrix.float(), requires_grad=False)
         params += replacement.params
         size += replacement.bytes
-    return {**sizes(params, size, dense), "texts": texts.scores(model)}
+    return {**sizes(params, size, dense_params(texts)), "texts": texts.scores(model)}
 
 
 def product_row(cell: Cell, texts: Texts) -> dict[str, Any]:
@@ -167,8 +168,13 @@ def block_sizes(model: PreTrainedModel, texts: Texts) -> dict[str, Any]:
     counts = count_params(model)
     width = model.model.norm.weight.element_size()
     size = sum(bytes_by_dtype(model).values()) - width * (counts.embeddings + counts.norms)
-    dense = count_params(load_dense(texts.source)).blocks
-    return sizes(counts.blocks, size, dense)
+    return sizes(counts.blocks, size, dense_params(texts))
+
+
+def dense_params(texts: Texts) -> int:
+    """Parameters of the linears inside the blocks of the dense model."""
+    shapes = linear_shapes(texts.source.config).values()
+    return texts.source.config.num_hidden_layers * sum(out * into for out, into in shapes)
 
 
 def sizes(params: int, size: int, dense: int) -> dict[str, Any]:

@@ -84,7 +84,7 @@ HEADLINE_KEEP = 0.8
 HEADLINE = {
     "joint_tree": ("--effort", "fast", "--format", "joint_tree"),
     "kron": ("--effort", "fast", "--format", "kron"),
-    "mpo": ("--effort", "fast", "--format", "mpo", "--sites", "2"),
+    "mpo": ("--effort", "fast", "--format", "mpo", "--sites", "3"),
     "tucker": ("--effort", "fast", "--format", "tucker"),
 }
 # activation-whitened SVD with interpolative storage: as published, and with our shrinkage
