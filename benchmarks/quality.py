@@ -149,7 +149,7 @@ def product_row(cell: Cell, texts: Texts) -> dict[str, Any]:
 def product_words(cell: Cell, texts: Texts) -> list[str]:
     """The flags of main.py for a cell, without --moments and --out."""
     arguments = texts.arguments
-    files = texts.calibration_files(cell.seed)
+    files = texts.calibration_files()
     words = ["--keep", f"{cell.keep:g}", *cell.flags, "--seed", str(cell.seed)]
     words += ["--calib_text", *map(str, files)]
     words += ["--calib_tokens", str(arguments.calib_tokens * len(files))]

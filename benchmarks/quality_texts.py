@@ -1,8 +1,4 @@
-"""The texts of the quality table: what is calibrated on, per seed, and what is scored.
-
-Every seed has its own calibration files in the cache, cut where the tokens of the seed before
-end, so that the peers and `main.py --calib_text` read the same tokens.
-"""
+"""The texts of the quality table: what is calibrated on, per seed, and what is scored."""
 
 from __future__ import annotations
 
@@ -13,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -21,7 +16,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from qll import store
 from qll.calibrate import MomentStore, collect
 from qll.evaluate import score
-from qll.load import Source, Text, builtin_texts, encode, open_source, open_tokenizer, read_text
+from qll.load import (
+    Source,
+    Text,
+    builtin_texts,
+    encode,
+    mixed_windows,
+    open_source,
+    open_tokenizer,
+    read_text,
+)
 from qll.model import load_dense
 
 
@@ -48,21 +52,25 @@ class Texts:
             builtin[word] if word in builtin else read_text(word) for word in self.arguments.calib
         ]
 
-    def calibration_files(self, seed: int) -> list[Path]:
-        """The calibration texts from this seed's first token on, as files."""
-        folder = self.cache / "texts"
-        folder.mkdir(parents=True, exist_ok=True)
+    def calibration_files(self) -> list[Path]:
+        """The calibration texts as files, for main.py; one that Python ships is written out."""
         paths = []
-        for text in self.calibration:
-            path = folder / f"{text.name}.seed{seed}.{self.arguments.calib_tokens}.txt"
-            if not path.exists():
-                store.write_text(path, self._tail(text, seed * self.arguments.calib_tokens))
+        for word, text in zip(self.arguments.calib, self.calibration, strict=True):
+            path = Path(word)
+            if word in builtin_texts():
+                path = self.cache / "texts" / f"{word}.txt"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                store.write_text(path, text.text)
             paths.append(path)
         return paths
 
     def windows(self, seed: int) -> Int[Tensor, "windows context"]:
-        """This seed's calibration tokens, one text after the other."""
-        return torch.cat([self._encoded(read_text(path)) for path in self.calibration_files(seed)])
+        """This seed's calibration tokens, the same number of each text: those that main.py draws
+        with `--calib_tokens` and `--seed`."""
+        texts, arguments = self.calibration, self.arguments
+        tokens = arguments.calib_tokens * len(texts)
+        weights = (1.0,) * len(texts)
+        return mixed_windows(texts, weights, self.tokenizer, tokens, arguments.context, seed)
 
     def seed_folder(self, seed: int) -> Path:
         """Where cells of this seed keep what they share."""
@@ -118,17 +126,6 @@ class Texts:
             "eval": {text.name: text.sha256 for text in self.evaluation},
         }
 
-    def _encoded(self, text: Text) -> Tensor:
-        tokens, context = self.arguments.calib_tokens, self.arguments.context
-        return encode(text, self.tokenizer, tokens, context)[0]
-
     def _scored(self, text: Text) -> tuple[Tensor, int]:
         tokens, context = self.arguments.eval_tokens, self.arguments.context
         return encode(text, self.tokenizer, tokens, context)
-
-    def _tail(self, text: Text, tokens: int) -> str:
-        """`text` without its first `tokens` tokens."""
-        offsets = self.tokenizer(text.text, return_offsets_mapping=True)["offset_mapping"]
-        if len(offsets) < tokens + self.arguments.calib_tokens:
-            raise SystemExit(f"{text.name} has {len(offsets)} tokens, too few for this seed")
-        return text.text[offsets[tokens][0] :]

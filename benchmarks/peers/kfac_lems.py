@@ -32,8 +32,8 @@ from qll.model import load_dense, run_block
 SHRINK_INPUT, SHRINK_GRADIENT = 0.1, 0.3
 REFERENCE_SHARE, LEAST_SHARE, STEP = 0.1, 0.3, 8
 TRIALS = 10
-# of the first window of each half of the calibration
-SENSITIVITY_TOKENS = 512
+# texts take turns in the calibration windows, so that the first two are of two texts
+SENSITIVITY_WINDOWS, SENSITIVITY_TOKENS = 2, 512
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,8 @@ class Watch:
     @torch.no_grad()
     def __init__(self, case: Case) -> None:
         tokens = min(SENSITIVITY_TOKENS, case.windows.shape[1])
-        places = [0, len(case.windows) // 2] if len(case.windows) > 1 else [0]
         self.model: LlamaForCausalLM = load_dense(case.source)
-        self.hidden = [self.model.model.embed_tokens(case.windows[places, :tokens])]
+        self.hidden = [self.model.model.embed_tokens(case.windows[:SENSITIVITY_WINDOWS, :tokens])]
         for block in self.model.model.layers:
             self.hidden.append(run_block(block, self.hidden[-1]))
         self.log_probs = self._log_probs(self.hidden[-1])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -157,11 +159,9 @@ def test_sensitivity_is_the_divergence_of_the_whole_model(tiny_case, tiny_llama)
     name = "model.layers.1.mlp.up_proj"
     matrix = torch.zeros_like(tiny_llama.get_submodule(name).weight)
     found = watch.divergence({name: matrix})
-    import copy
-
     changed = copy.deepcopy(tiny_llama)
     changed.get_submodule(name).weight.data.zero_()
-    ids = case.windows[[0, 4]]
+    ids = case.windows[:2]
     with torch.no_grad():
         dense = tiny_llama(ids).logits.log_softmax(-1)
         other = changed(ids).logits.log_softmax(-1)
