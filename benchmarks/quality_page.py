@@ -96,9 +96,9 @@ def introduction(result: dict[str, Any], done: int) -> str:
 
 
 BYTES = """Bits per weight of the block linears, from the packed bytes with their scales. The dense
-model is read from a GGUF file whose block linears are Q4_1, so types that hold that grid lose
-nothing here that they would lose on a model stored wider. The gguf package reads k- and i-quants
-but cannot write them, and 576 is no multiple of their 256."""
+model is read from a GGUF file whose block linears are Q4_1 (5 bits): Q4_1 gives these weights back
+exactly, so its row says nothing, and no row above 5 bits is a saving on that file. The gguf package
+reads k- and i-quants but cannot write them, and 576 is no multiple of their 256."""
 
 
 def keep_table(rows: dict[str, Any], text: str) -> str:

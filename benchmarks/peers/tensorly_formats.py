@@ -33,8 +33,10 @@ def tensor_train(
     """tensorly's tensor_train_matrix of three cores."""
     out, into = modes(weight.shape, TRAIN_SITES)
     ranks = train_ranks(out, into, keep)
-    cores = tensor_train_matrix(weight.reshape(*out, *into).numpy(), list(ranks))
-    matrix = torch.from_numpy(tt_matrix_to_tensor(cores).reshape(weight.shape))
+    # tensorly-torch, once imported, leaves another backend behind
+    with tensorly.backend_context("numpy"):
+        cores = tensor_train_matrix(weight.reshape(*out, *into).numpy(), list(ranks))
+        matrix = torch.from_numpy(tt_matrix_to_tensor(cores).reshape(weight.shape))
     return stored(matrix, train_params(out, into, ranks))
 
 
@@ -44,8 +46,9 @@ def tucker_matrix(
     """tensorly's Tucker (higher-order orthogonal iteration) of four modes."""
     dims = tuple(dim for side in modes(weight.shape, TUCKER_SITES) for dim in side)
     ranks = tucker_ranks(dims, keep)
-    core = tucker(weight.reshape(dims).numpy(), ranks, init="svd", n_iter_max=10)
-    matrix = torch.from_numpy(tensorly.tucker_to_tensor(core).reshape(weight.shape))
+    with tensorly.backend_context("numpy"):
+        core = tucker(weight.reshape(dims).numpy(), ranks, init="svd", n_iter_max=10)
+        matrix = torch.from_numpy(tensorly.tucker_to_tensor(core).reshape(weight.shape))
     return stored(matrix, tucker_params(dims, ranks))
 
 
@@ -63,17 +66,18 @@ def factorized_linear(kind: str) -> Method:
         )
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
         linear.weight = nn.Parameter(weight.float())
-        layer = tltorch.FactorizedLinear.from_linear(
-            linear,
-            auto_tensorize=False,
-            in_tensorized_features=into,
-            out_tensorized_features=out,
-            factorization=kind,
-            rank=ranks,
-            bias=False,
-        )
-        params = sum(tensor.numel() for tensor in layer.weight.parameters())
-        return stored(layer.weight.to_matrix().detach().reshape(weight.shape), params)
+        with tensorly.backend_context("pytorch"):
+            layer = tltorch.FactorizedLinear.from_linear(
+                linear,
+                auto_tensorize=False,
+                in_tensorized_features=into,
+                out_tensorized_features=out,
+                factorization=kind,
+                rank=ranks,
+                bias=False,
+            )
+            params = sum(tensor.numel() for tensor in layer.weight.parameters())
+            return stored(layer.weight.to_matrix().detach().reshape(weight.shape), params)
 
     return matrix_by_matrix(convert)
 

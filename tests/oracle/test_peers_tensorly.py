@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import tensorly
 import torch
 
 from benchmarks.peers import tensorly_formats
@@ -15,11 +16,14 @@ WEIGHT = torch.randn(24, 36, generator=torch.Generator().manual_seed(0), dtype=t
 
 @pytest.mark.parametrize("keep", [0.9, 0.5])
 def test_tensor_trains_fit_and_are_those_of_our_mpo(keep):
+    tensorly.set_backend("pytorch")  # as an import of tensorly-torch does
     out, into = tensorly_formats.modes((24, 36), 3)
     ranks = tensorly_formats.train_ranks(out, into, keep)
     found = tensorly_formats.tensor_train(WEIGHT, None, keep)
     spec = NetworkSpec("mpo", (24, 36), ranks[1:-1], {"out": out, "in": into})
     ours = MPO.decompose(WEIGHT, spec)
+    assert tensorly.get_backend() == "pytorch"
+    tensorly.set_backend("numpy")
     assert found.params == sum(core.numel() for core in ours.cores) <= keep * 24 * 36
     assert torch.allclose(found.matrix.double(), ours.to_matrix(), atol=1e-5)
     larger = (1, *(rank + 1 for rank in ranks[1:-1]), 1)
