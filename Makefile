@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test lint docs bench-main_job clean
+.PHONY: install demo test lint docs bench-main_job bench-quality clean
 
 install: $(VENV)/.installed
 
@@ -33,6 +33,19 @@ lint: $(VENV)/.installed-test
 # hours at worst; each row is written when it is done
 bench-main_job: install
 	$(BIN)/python benchmarks/main_job.py
+
+# days for every cell, minutes for one: see `python benchmarks/quality.py --list`
+THIRD := benchmarks/.cache/anarchism.txt
+bench-quality: install $(THIRD)
+	$(BIN)/pip install --quiet --editable '.[bench]'
+	$(BIN)/python benchmarks/quality.py --third $(THIRD)
+	$(BIN)/python benchmarks/results_page.py
+
+# any other text works with --third; this one is Debian's
+$(THIRD):
+	mkdir -p $(dir $@)
+	cd $(dir $@) && apt-get download anarchism
+	$(BIN)/python benchmarks/third_text.py $(dir $@)anarchism_*.deb --out $@
 
 docs: install
 	$(BIN)/python benchmarks/results_page.py

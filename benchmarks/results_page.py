@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs as a script
+
+from benchmarks import quality_page
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -22,14 +27,20 @@ LABELS = {
 
 
 def main() -> None:
-    """Write the page, and the README's part of it."""
+    """Write the page with its plot, and the README's part of it."""
     PAGE.write_text(page())
+    if has("quality"):
+        from benchmarks import quality_plot
+
+        quality_plot.draw(read("quality"), PAGE.parent / quality_page.PLOT)
     README.write_text(readme(README.read_text()))
 
 
 def page() -> str:
     """The text of docs/results.md."""
     parts = ["# Measured results", INTRODUCTION, main_job(read("main_job"))]
+    if has("quality"):
+        parts.append(quality_page.section(read("quality")))
     return "\n\n".join(parts) + "\n"
 
 
@@ -110,6 +121,11 @@ def ratio(text: dict[str, float]) -> str:
     shown = f"{text['ratio']:.3f}" if text["ratio"] < 1000 else f"{text['ratio']:.1e}"
     ppl = f"{text['ppl']:.2f}" if text["ppl"] < 1e6 else f"{text['ppl']:.1e}"
     return f"{shown} ({ppl} / {text['ppl_dense']:.2f})"
+
+
+def has(name: str) -> bool:
+    """Whether that benchmark has been run."""
+    return (RESULTS / f"{name}.json").exists()
 
 
 def read(name: str) -> dict[str, Any]:

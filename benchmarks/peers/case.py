@@ -1,0 +1,99 @@
+"""What a published method is given, and what it gives back.
+
+Whatever a method stores, the model is scored with the dense matrices its factors multiply to (rows
+and columns it removes are zero there, which is the same function), and `params` is the count of the
+numbers it would store for them, an index counting as a number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Float64, Int
+from torch import Tensor
+
+from qll.calibrate import LINEARS, LinearMoments, MomentStore
+from qll.load import Source
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What stands in for one linear layer."""
+
+    matrix: Float[Tensor, "out into"]
+    """The matrix the layer multiplies with."""
+    params: int
+    """Numbers stored for it, indices included."""
+    bytes: int
+    """Bytes they take: four each in float32, or the packed size of a quantised matrix."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model to compress to `keep` of its block linears' parameters."""
+
+    source: Source
+    moments: MomentStore
+    """Second moments of inputs and output gradients over `windows`."""
+    windows: Int[Tensor, "windows context"]
+    """The calibration tokens."""
+    keep: float
+    seed: int
+    cache: Path
+    """Folder for what several cells of one seed share."""
+
+
+Method = Callable[[Case], Iterator[tuple[str, Replacement]]]
+MatrixMethod = Callable[[Tensor, LinearMoments, float], Replacement]
+
+
+def linears(case: Case) -> Iterator[tuple[str, Float64[Tensor, "out into"], LinearMoments]]:
+    """Path, float64 weight and moments of every block linear, block by block."""
+    for index in range(case.source.config.num_hidden_layers):
+        moments = case.moments.block(index)
+        for path in LINEARS:
+            name = f"model.layers.{index}.{path}"
+            yield name, case.source.read(f"{name}.weight").double(), moments[name]
+
+
+def matrix_by_matrix(method: MatrixMethod) -> Method:
+    """`method` on every matrix with the same share of its parameters."""
+
+    def convert(case: Case) -> Iterator[tuple[str, Replacement]]:
+        for name, weight, moments in linears(case):
+            yield name, method(weight, moments, case.keep)
+
+    return convert
+
+
+def stored(matrix: Float[Tensor, "out into"], params: int) -> Replacement:
+    """A replacement whose `params` numbers are float32."""
+    return Replacement(matrix.float(), params, 4 * params)
+
+
+def pair_rank(shape: tuple[int, int], keep: float) -> int:
+    """Largest rank whose two factors hold at most `keep` of the numbers of a matrix.
+
+    >>> pair_rank((576, 1536), 0.8), 335 * (576 + 1536) <= 0.8 * 576 * 1536
+    (335, True)
+    """
+    out, into = shape
+    return max(1, int(keep * out * into / (out + into)))
+
+
+def pair_params(shape: tuple[int, int], rank: int) -> int:
+    """Numbers in the two factors of a matrix of rank `rank`."""
+    return rank * (shape[0] + shape[1])
+
+
+def cholesky(moment: Float64[Tensor, "n n"]) -> Float64[Tensor, "n n"]:
+    """The lower root of a second moment, shifted by its least eigenvalue plus 1e-6 where it is not
+    positive definite: the cure in the published code of SVD-LLM."""
+    root, failed = torch.linalg.cholesky_ex(moment)
+    if not int(failed):
+        return root
+    shift = 1e-6 - float(torch.linalg.eigvalsh(moment)[0])
+    return torch.linalg.cholesky(moment + shift * torch.eye(len(moment), dtype=moment.dtype))

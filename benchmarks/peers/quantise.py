@@ -1,0 +1,142 @@
+"""Quantised matrices at their packed size: rounding to nearest, GPTQ, and what gguf can write.
+
+Bits are counted from packed bytes, scales included; `params` stays that of the dense matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType
+from jaxtyping import Float64, Int, UInt8
+from torch import Tensor
+
+from benchmarks.peers.case import Case, Method, Replacement, linears
+from qll.calibrate import LinearMoments
+
+# the types gguf.quants can write for rows of 576 numbers; its k- and i-quants it can only read
+GGUF_TYPES = ("BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "MXFP4")
+GROUP = 32
+# share of the mean diagonal added to the Hessian, and columns handled at a time, as published
+DAMPING, PANEL = 0.01, 128
+
+
+def half(case: Case) -> Iterator[tuple[str, Replacement]]:
+    """float16."""
+    for name, weight, _ in linears(case):
+        yield name, Replacement(weight.half().float(), weight.numel(), 2 * weight.numel())
+
+
+def by_gguf(kind: str) -> Method:
+    """The packed type `kind` of llama.cpp, written and read by the gguf package."""
+    quantisation = GGMLQuantizationType[kind]
+
+    def convert(case: Case) -> Iterator[tuple[str, Replacement]]:
+        for name, weight, _ in linears(case):
+            packed = gguf.quants.quantize(weight.float().numpy(), quantisation)
+            matrix = torch.from_numpy(gguf.quants.dequantize(packed, quantisation).copy())
+            yield name, Replacement(matrix.float(), weight.numel(), packed.nbytes)
+
+    return convert
+
+
+def rounded(bits: int, group: int = GROUP) -> Method:
+    """Round to nearest: groups along the input, one float16 scale each, symmetric."""
+    return _grouped(lambda weight, moments: round_to_nearest(weight, bits, group), bits, group)
+
+
+def gptq(bits: int, group: int = GROUP) -> Method:
+    """GPTQ (Frantar et al. 2022, arXiv 2210.17323) on the same grid."""
+    return _grouped(lambda weight, moments: gptq_codes(weight, moments, bits, group), bits, group)
+
+
+Codes = tuple[Int[Tensor, "out into"], Float64[Tensor, "out groups"]]
+
+
+def round_to_nearest(weight: Float64[Tensor, "out into"], bits: int, group: int) -> Codes:
+    """(codes, scales): weight ~ scale code with |code| <= 2^(bits - 1) - 1, scales in float16."""
+    pieces = weight.reshape(len(weight), -1, group)
+    scales = _scale(pieces, bits)
+    return _code(pieces, scales[..., None], bits).reshape(weight.shape), scales
+
+
+def gptq_codes(
+    weight: Float64[Tensor, "out into"], moments: LinearMoments, bits: int, group: int
+) -> Codes:
+    """Column after column, the rounding error of one spread over those to come.
+
+    With H = mean x x^T + damping and U the upper Cholesky factor of H^-1, the error e of column j,
+    divided by U_jj, times row j of U is taken from the later columns (the paper's algorithm 1;
+    columns in their order, scales taken when a group is reached).
+    """
+    work = weight.clone()
+    hessian = moments.input / moments.tokens
+    hessian = hessian + DAMPING * hessian.diagonal().mean() * torch.eye(len(hessian)).double()
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    upper = torch.linalg.cholesky(inverse, upper=True)
+    codes = torch.empty(weight.shape, dtype=torch.int64)
+    scales = torch.empty(len(weight), weight.shape[1] // group, dtype=weight.dtype)
+    for start in range(0, weight.shape[1], PANEL):
+        stop = min(start + PANEL, weight.shape[1])
+        errors = torch.zeros(len(weight), stop - start, dtype=weight.dtype)
+        for column in range(start, stop):
+            place = column // group
+            if column % group == 0:
+                scales[:, place] = _scale(work[:, column : column + group], bits)
+            code = _code(work[:, column], scales[:, place], bits)
+            codes[:, column] = code
+            error = (work[:, column] - code * scales[:, place]) / upper[column, column]
+            work[:, column:stop] -= error[:, None] * upper[column, column:stop]
+            errors[:, column - start] = error
+        work[:, stop:] -= errors @ upper[start:stop, stop:]
+    return codes, scales
+
+
+def pack(codes: Int[Tensor, "out into"], bits: int) -> UInt8[np.ndarray, "_"]:
+    """The codes as a stream of `bits` bits each.
+
+    >>> pack(torch.tensor([[-1, 1], [0, 1]]), 4).tolist()
+    [126, 143]
+    """
+    unsigned = (codes + (1 << (bits - 1)) - 1).numpy().astype(np.uint8).reshape(-1, 1)
+    return np.packbits(np.unpackbits(unsigned, axis=1)[:, 8 - bits :])
+
+
+def unpack(packed: UInt8[np.ndarray, "_"], shape: tuple[int, int], bits: int) -> Tensor:
+    """What `pack` packed."""
+    streams = np.unpackbits(packed)[: shape[0] * shape[1] * bits].reshape(-1, bits)
+    unsigned = np.packbits(np.pad(streams, ((0, 0), (8 - bits, 0))), axis=1)
+    codes = torch.from_numpy(unsigned.astype(np.int64)).reshape(shape)
+    return codes - ((1 << (bits - 1)) - 1)
+
+
+def _grouped(quantise: Callable[[Tensor, LinearMoments], Codes], bits: int, group: int) -> Method:
+    def convert(case: Case) -> Iterator[tuple[str, Replacement]]:
+        for name, weight, moments in linears(case):
+            codes, scales = quantise(weight, moments)
+            packed, halves = pack(codes, bits), scales.half()
+            grid = unpack(packed, tuple(weight.shape), bits).float()
+            matrix = grid * halves.float().repeat_interleave(group, dim=1)
+            size = packed.nbytes + 2 * halves.numel()
+            yield name, Replacement(matrix, weight.numel(), size)
+
+    return convert
+
+
+def _scale(pieces: Tensor, bits: int) -> Tensor:
+    largest = pieces.abs().amax(-1) / ((1 << (bits - 1)) - 1)
+    # as it will be stored; float16's least positive number stands for a group of zeros
+    return largest.half().clamp(min=2.0**-24).double()
+
+
+def _code(values: Tensor, scales: Tensor, bits: int) -> Tensor:
+    limit = (1 << (bits - 1)) - 1
+    return (values / scales).round().clamp(-limit, limit).long()
+
+
+int8, int4, int3, int2 = rounded(8), rounded(4), rounded(3), rounded(2)
+gptq4, gptq3, gptq2 = gptq(4), gptq(3), gptq(2)
+bf16, q8_0, q5_1, q5_0, q4_1, q4_0, mxfp4 = map(by_gguf, GGUF_TYPES)

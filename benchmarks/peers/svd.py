@@ -1,0 +1,23 @@
+"""Truncated SVD of the weight (Eckart-Young): no calibration."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from benchmarks.peers.case import Replacement, matrix_by_matrix, pair_params, pair_rank, stored
+from qll.calibrate import LinearMoments
+
+
+def truncate(
+    weight: Float64[Tensor, "out into"], moments: LinearMoments, keep: float
+) -> Replacement:
+    """The nearest matrix of the rank that `keep` pays for, in the Frobenius norm."""
+    rank = pair_rank(weight.shape, keep)
+    left, values, right = torch.linalg.svd(weight, full_matrices=False)
+    matrix = (left[:, :rank] * values[:rank]) @ right[:rank]
+    return stored(matrix, pair_params(weight.shape, rank))
+
+
+convert = matrix_by_matrix(truncate)

@@ -1,0 +1,224 @@
+"""The section of docs/results.md on benchmarks/quality.py, from whatever cells are there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from benchmarks.quality_cells import (
+    ABLATION_BASE,
+    ABLATION_KEEP,
+    ABLATIONS,
+    KEEPS,
+    SEEDS,
+    Cell,
+    all_cells,
+)
+
+LABELS = {
+    "ours_best": "**QLL, `--effort best`**",
+    "ours_balanced": "**QLL, `--effort balanced`**",
+    "ours_fast": "**QLL, `--effort fast`**",
+    "svd": "truncated SVD",
+    "asvd": "ASVD (alpha 0.5, uniform ranks)",
+    "svd_llm": "SVD-LLM (v1, whitening)",
+    "swift_svd": "Swift-SVD",
+    "whitened_interpolative": "SVD-LLM in PIFA storage",
+    "whitened_interpolative_shrunk": "the same with our shrinkage (`--metric activation`)",
+    "mpifa": "MPIFA (PIFA and its refit)",
+    "kfac_lems": "K-FAC SVD with LEMS allocation",
+    "modegpt": "MoDeGPT",
+    "mpo_plain": "MPO of 3 cores, no metric",
+    "tensorly_tt": "tensorly tensor train, 3 cores",
+    "tensorly_tucker": "tensorly Tucker, 4 modes",
+    "tltorch_blocktt": "tensorly-torch BlockTT, 3 cores",
+    "tltorch_tucker": "tensorly-torch Tucker, 6 modes",
+    "fp16": "float16",
+    "rtn_int8": "round to nearest, int8, group 32",
+    "rtn_int4": "round to nearest, int4, group 32",
+    "rtn_int3": "round to nearest, int3, group 32",
+    "rtn_int2": "round to nearest, int2, group 32",
+    "gptq_int4": "GPTQ, int4, group 32",
+    "gptq_int3": "GPTQ, int3, group 32",
+    "gptq_int2": "GPTQ, int2, group 32",
+    "gguf_bf16": "GGUF BF16",
+    "gguf_q8_0": "GGUF Q8_0",
+    "gguf_q5_1": "GGUF Q5_1",
+    "gguf_q5_0": "GGUF Q5_0",
+    "gguf_q4_1": "GGUF Q4_1",
+    "gguf_q4_0": "GGUF Q4_0",
+    "gguf_mxfp4": "GGUF MXFP4",
+    "ours_best_int8": "**QLL, int8 cores**",
+    "ours_best_int4": "**QLL, int4 cores**",
+}
+NOT_RUN = "not run"
+PLOT = "quality.svg"
+# issue's targets for QLL: perplexity over dense on WikiText-2
+MUST = {0.8: 1.18, 0.6: 1.80}
+
+
+def section(result: dict[str, Any]) -> str:
+    """All tables of the quality benchmark."""
+    rows, texts = result["rows"], list(result["eval"])
+    done = sum(cell.name in rows for cell in all_cells())
+    parts = [
+        "## Quality at equal parameters and at equal bytes",
+        introduction(result, done),
+        f"![Perplexity over dense against size]({PLOT})",
+    ]
+    for text in texts:
+        parts += [f"### Equal parameters: {text}", keep_table(rows, text)]
+    parts += ["### Equal bytes", BYTES, bits_table(rows, texts)]
+    parts += ["### What each part contributes", ablation_words(), ablation_table(rows, texts)]
+    parts += ["### A format against the whitened SVD with interpolative storage"]
+    parts += [headline_table(result.get("headline_candidates", []))]
+    return "\n\n".join(parts)
+
+
+def introduction(result: dict[str, Any], done: int) -> str:
+    """What was measured, on what, and how to measure a cell again."""
+    machine, tokens = result["machine"], result["eval_tokens"]
+    calib = " and ".join(f"`{name}`" for name in result["calib"])
+    must = ", ".join(f"{ratio:.2f} at keep {keep}" for keep, ratio in MUST.items())
+    return (
+        f"{result['model']['name']} in float32 on {machine['cores']} cores ({machine['cpu']}). "
+        f"Perplexity over the dense model's, first {tokens:,} tokens of each text, context "
+        f"{result['context']:,}. Every method has the same {result['calib_tokens_per_text']:,} "
+        f"tokens each of {calib}, the same budget of the block linears' parameters, and counts "
+        f"every number it stores, indices included. A cell is the mean over seeds (choices of "
+        f"calibration windows), lowest and highest in brackets; methods without calibration have "
+        f"one. QLL's training, where a row has it, draws more windows of the same texts. "
+        f"{done} of {len(all_cells())} cells are there. Targets of QLL on WikiText-2: at most "
+        f"{must}. Any cell again: its `command` in `benchmarks/results/quality.json`, such as "
+        "`python benchmarks/quality.py --only svd_llm/keep0.8/seed0 --again`. The peers are "
+        "rebuilt from their formulas in `benchmarks/peers`."
+    )
+
+
+BYTES = """Bits per weight of the block linears, from the packed bytes with their scales. The dense
+model is read from a GGUF file whose block linears are Q4_1 (5 bits): Q4_1 gives these weights back
+exactly, so its row says nothing, and no row above 5 bits is a saving on that file. The gguf package
+reads k- and i-quants but cannot write them, and 576 is no multiple of their 256."""
+
+
+def keep_table(rows: dict[str, Any], text: str) -> str:
+    """Methods against keep on one text, in the order of the cells."""
+    methods = unique(cell.method for cell in all_cells() if cell.table == "keep")
+    head = ["method", *(f"keep {keep:g}" for keep in sorted(KEEPS, reverse=True))]
+    lines = [
+        [LABELS.get(method, method), *(averaged(rows, method, keep, text) for keep in KEEPS)]
+        for method in methods
+    ]
+    return table(head, lines)
+
+
+def bits_table(rows: dict[str, Any], texts: list[str]) -> str:
+    """Methods by bits per block weight, most first; those not run last."""
+    cells = unique((cell.method, cell.keep) for cell in all_cells() if cell.table == "bits")
+    sized = [
+        (mean_of(rows, method, keep, "bits_per_weight"), method, keep) for method, keep in cells
+    ]
+    sized.sort(key=lambda item: -(item[0] or 0))
+    lines = []
+    for bits, method, keep in sized:
+        label = LABELS.get(method, method) + ("" if keep == 1 else f", keep {keep:g}")
+        shown = NOT_RUN if bits is None else f"{bits:.2f}"
+        lines.append([label, shown, *(averaged(rows, method, keep, text) for text in texts)])
+    return table(["method", "bits per block weight", *texts], lines)
+
+
+def ablation_words() -> str:
+    """What the rows of the ablation table are."""
+    return (
+        f"`main.py --keep {ABLATION_KEEP:g} {' '.join(ABLATION_BASE)}`, each row with one thing "
+        "taken away."
+    )
+
+
+def ablation_table(rows: dict[str, Any], texts: list[str]) -> str:
+    """One row for what is taken away."""
+    lines = [
+        [
+            "nothing" if not flags else f"`{' '.join(flags)}`",
+            *(averaged(rows, method, ABLATION_KEEP, text) for text in texts),
+        ]
+        for method, flags in ABLATIONS.items()
+    ]
+    return table(["changed", *texts], lines)
+
+
+def headline_table(candidates: list[dict[str, Any]]) -> str:
+    """Perplexity per seed of every candidate format beside the baseline's."""
+    if not candidates:
+        return f"{NOT_RUN.capitalize()}: three seeds of a format and of both baselines are needed."
+    head = ["format", "keep", "kept", "text", "QLL", "whitened SVD, interpolative", "lower"]
+    lines = []
+    for candidate in candidates:
+        for text, found in candidate["texts"].items():
+            ours, theirs = found["ours"], found["whitened_interpolative"]
+            lines.append(
+                [
+                    candidate["format"],
+                    f"{candidate['keep']:g}",
+                    f"{candidate['params_ratio']:.4f}",
+                    text,
+                    " / ".join(map(perplexity, ours)),
+                    " / ".join(map(perplexity, theirs)),
+                    "yes" if sum(ours) < sum(theirs) else "no",
+                ]
+            )
+    words = (
+        "Perplexity on each seed. The baseline is, per seed and text, the better of the published "
+        "whitening and of the one with our shrinkage; `headline` in the result file is the last "
+        "format that is lower on every text, or else the nearest."
+    )
+    return f"{words}\n\n{table(head, lines)}"
+
+
+def seeds_of(rows: dict[str, Any], method: str, keep: float) -> list[dict[str, Any]]:
+    """The rows of a method at a size."""
+    names = (Cell(method, keep, seed, "").name for seed in SEEDS)
+    return [rows[name] for name in names if name in rows]
+
+
+def mean_of(rows: dict[str, Any], method: str, keep: float, key: str) -> float | None:
+    """Mean over the seeds that are there."""
+    values = [row[key] for row in seeds_of(rows, method, keep)]
+    return sum(values) / len(values) if values else None
+
+
+def averaged(rows: dict[str, Any], method: str, keep: float, text: str) -> str:
+    """`1.21 (1.19 to 1.23)`, or with the number of seeds when some are missing."""
+    ratios = [row["texts"][text]["ratio"] for row in seeds_of(rows, method, keep)]
+    wanted = sum((cell.method, cell.keep) == (method, keep) for cell in all_cells())
+    if not ratios:
+        return NOT_RUN
+    shown = ratio(sum(ratios) / len(ratios))
+    if len(ratios) > 1:
+        shown += f" ({ratio(min(ratios))} to {ratio(max(ratios))})"
+    return shown if len(ratios) == wanted else f"{shown}, {len(ratios)} of {wanted} seeds"
+
+
+def ratio(value: float) -> str:
+    """Three decimals, or a power of ten where the model is broken.
+
+    >>> ratio(1.2345), ratio(2.3e6)
+    ('1.234', '2.3e+06')
+    """
+    return f"{value:.3f}" if value < 1000 else f"{value:.1e}"
+
+
+def perplexity(value: float) -> str:
+    """Two decimals, or a power of ten."""
+    return f"{value:.2f}" if value < 1e5 else f"{value:.1e}"
+
+
+def unique(items: Iterable[Any]) -> list[Any]:
+    """Each item once, in the order of its first appearance."""
+    return list(dict.fromkeys(items))
+
+
+def table(head: list[str], lines: list[list[str]]) -> str:
+    """A Markdown table."""
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
