@@ -17,7 +17,16 @@ import torch
 from qll import store
 from qll.calibrate import MomentStore, collect
 from qll.config import EvalConfig, GenerateConfig, MainConfig
-from qll.convert import Plan, assemble, convert_units, load_plan, make_plan, saved_dtype
+from qll.convert import (
+    Plan,
+    assemble,
+    convert_units,
+    load_plan,
+    make_plan,
+    packings_of,
+    quantise_units,
+    saved_dtype,
+)
 from qll.errors import UsageError
 from qll.load import Source, builtin_texts, encode, open_source, open_tokenizer, read_text
 from qll.runfolder import Run, claim, is_done, recording, timed, total_seconds
@@ -217,6 +226,7 @@ def convert(state: Run, moments: MomentStore | None, plan: Plan) -> list[dict[st
         print("plan.json was edited: converting again", file=sys.stderr)
         forget_model(state)
     records = convert_units(state.source, moments, plan, options, cores, state.events)
+    records = quantise_units(state.source, moments, plan, options, cores, state.events, records)
     assemble(state.source, plan, options, cores, state.model)
     write_static_files(
         state.model,
@@ -225,6 +235,7 @@ def convert(state: Run, moments: MomentStore | None, plan: Plan) -> list[dict[st
         {entry.unit.members: entry.spec for entry in plan.entries if entry.spec is not None},
         folded_norms=options.norms == "fold",
         dtype=saved_dtype(state.source, options),
+        packings=packings_of(plan, options),
     )
     facts = {"source": state.source.fingerprint, "plan_sha256": plan_sha256, "matrices": records}
     commit_folder(state.model, facts)

@@ -8,6 +8,7 @@ from qll.callable_room import callable_room
 from qll.convert.fit import fit
 from qll.convert.plan import Plan, PlanEntry, load_plan
 from qll.convert.planner import make_plan
+from qll.convert.quantise import packings_of, quantise_units
 from qll.convert.weights import metrics_of, read_weights
 from qll.convert.write import assemble, convert_units, saved_dtype
 from qll.tn import JOINTS, NETWORKS
@@ -24,6 +25,8 @@ __all__ = [
     "load_plan",
     "make_plan",
     "metrics_of",
+    "packings_of",
+    "quantise_units",
     "read_weights",
     "saved_dtype",
 ]

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from qll.convert.fit import dense_members
@@ -89,12 +90,37 @@ def round_network(
     return RoundedNetwork(tuple(rounded), problem.network(cores), tuple(losses))
 
 
+@dataclass(frozen=True)
+class RoundedMatrix:
+    """The codes of a dense matrix and the matrix they stand for."""
+
+    rounded: Rounded
+    matrix: Float64[Tensor, "out into"]
+
+
+def round_matrix(
+    weight: Float[Tensor, "out into"], packing: Packing, metric: Metric
+) -> RoundedMatrix:
+    """A dense matrix on the grid of `packing`, near in the metric.
+
+    >>> from qll.convert.metric import plain
+    >>> round_matrix(torch.eye(3), Packing(4, 32), plain()).matrix.tolist()
+    [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
+    """
+    shape, weight = tuple(weight.shape), weight.to("cpu", torch.float64)
+    rows = as_rows(weight, packing.group)
+    pair = _oriented((metric.left, metric.right), shape, packing.group)
+    tried = []
+    for found in (round_in_metric(rows, packing, *pair), round_nearest(rows, packing)):
+        matrix = from_rows(found.values, shape, packing.group)
+        tried.append((metric.norm_squared(weight - matrix), RoundedMatrix(found, matrix)))
+    return min(tried, key=lambda item: item[0])[1]
+
+
 class Problem:
     """The error of a network's cores against the network itself, in the metrics of its members."""
 
-    def __init__(
-        self, network: MatrixNetwork, metrics: Sequence[Metric], packing: Packing
-    ) -> None:
+    def __init__(self, network: MatrixNetwork, metrics: Sequence[Metric], packing: Packing) -> None:
         self.spec, self.indices, self.metrics = network.spec, network.indices, metrics
         self.group = packing.group
         cores = [core.detach().to("cpu", torch.float64) for core in network.cores]
@@ -125,7 +151,7 @@ class Problem:
             pair = (_around(first.mT, out), into)
         else:
             pair = (_part(out, self._written_rows), _around(second, into))
-        return pair if group_axis(tuple(cores[k].shape), self.group) == 1 else pair[::-1]
+        return _oriented(pair, tuple(cores[k].shape), self.group)
 
     def refit(self, cores: Sequence[Tensor], k: int, pair: Pair) -> Tensor:
         """Core k of least error beside the other cores, by conjugate gradients from where it is.
@@ -180,7 +206,8 @@ class Problem:
         core = cores[k].detach().requires_grad_()
         members = self.matrices([*cores[:k], core, *cores[k + 1 :]])
         # a member that does not see this core has no graph
-        seen = [(member, part) for member, part in zip(members, outer) if member.requires_grad]
+        both = zip(members, outer, strict=True)
+        seen = [(member, part) for member, part in both if member.requires_grad]
         return torch.autograd.grad([m for m, _ in seen], core, [part for _, part in seen])[0]
 
     def _probed_pair(self, cores: Sequence[Tensor], k: int) -> Pair:
@@ -215,6 +242,11 @@ class Problem:
         free = torch.ones(self.spec.shape[0], dtype=torch.bool)
         free[self.indices[0].long()] = False
         return free.nonzero()[:, 0]
+
+
+def _oriented(pair: Pair, shape: tuple[int, ...], group: int) -> Pair:
+    """The moments of a matrix's two axes in the order that `as_rows` writes them."""
+    return pair if group_axis(shape, group) == 1 else pair[::-1]
 
 
 def _with(cores: Sequence[Tensor], k: int, values: Tensor, packing: Packing) -> list[Tensor]:

@@ -79,7 +79,7 @@ def fit(
         )
     network = build(replace(network.spec, shape=spec.shape), cores, network.indices)
     errors = [
-        _relative(weight, matrix, metric)
+        relative_errors(weight, matrix, metric)
         for weight, matrix, metric in zip(weights, dense_members(network), metrics, strict=True)
     ]
     return Fitted(network, [e[0] for e in errors], [e[1] for e in errors], discarded)
@@ -186,7 +186,15 @@ def _discarded(matrices: list[Tensor], network) -> float:
     return lost / max(sum(float(matrix.square().sum()) for matrix in matrices), 1e-300)
 
 
-def _relative(weight: Tensor, matrix: Tensor, metric: Metric) -> tuple[float, float]:
+def relative_errors(
+    weight: Float[Tensor, "out into"], matrix: Float[Tensor, "out into"], metric: Metric
+) -> tuple[float, float]:
+    """||W - W~|| / ||W|| in the Frobenius norm and in the metric.
+
+    >>> from qll.convert.metric import plain
+    >>> relative_errors(torch.ones(2, 2), torch.zeros(2, 2), plain())
+    (1.0, 1.0)
+    """
     weight, matrix = weight.to(torch.float64), matrix.to(torch.float64)
     error = weight - matrix
     plain = float(error.norm()) / max(float(weight.norm()), 1e-300)

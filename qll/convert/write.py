@@ -22,6 +22,7 @@ from qll.calibrate import MomentStore
 from qll.config import ConvertOptions
 from qll.convert.fit import fit
 from qll.convert.plan import Plan, PlanEntry
+from qll.convert.quantise import unit_file
 from qll.convert.units import HEAD, tensor_path
 from qll.convert.weights import metrics_of, read_weights
 from qll.load import Source
@@ -111,7 +112,7 @@ def assemble(source: Source, plan: Plan, options: ConvertOptions, work: Path, mo
         block = k if k < layers else None
         tensors: dict[str, Tensor] = {}
         for entry in plan.of_block(block):
-            tensors |= load_file(work / f"{entry.unit.name}.safetensors")
+            tensors |= load_file(unit_file(work, entry, options))
         tensors |= _norms(source, options, block)
         if block is None and config.tie_word_embeddings:
             tensors = {name: t for name, t in tensors.items() if not name.startswith(HEAD)}

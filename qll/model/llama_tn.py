@@ -17,8 +17,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from qll.errors import IntegrityError
 from qll.model.files import AUTO_MAP, seal, write_code
 from qll.model.fingerprint import logits_fingerprint
+from qll.model.packed import PackedTensor, Packings, require_finite
 from qll.model.quantizer import MODEL_TYPE, TNConfig
 from qll.model.swap import Entries, insert_networks
+from qll.tn.packed import SCALE_DTYPE
 
 
 # transformers makes this a dataclass whose __init__ takes more than its fields, which the run-time
@@ -50,9 +52,17 @@ class LlamaTNConfig(LlamaConfig):
     @property
     def entries(self) -> Entries:
         """The tensor networks of the checkpoint by their members."""
+        return self._stored.entries()
+
+    @property
+    def packings(self) -> Packings:
+        """Bits and group of what the checkpoint stores in integers, by module path."""
+        return self._stored.packings()
+
+    @property
+    def _stored(self) -> TNConfig:
         stored = getattr(self, "quantization_config", None) or {}
-        config = stored if isinstance(stored, TNConfig) else TNConfig(**stored)
-        return config.entries()
+        return stored if isinstance(stored, TNConfig) else TNConfig(**stored)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
@@ -67,7 +77,7 @@ class LlamaTNForCausalLM(LlamaForCausalLM):
     def __init__(self, config: LlamaTNConfig) -> None:
         """Cores are NaN until they are loaded."""
         super().__init__(config)
-        insert_networks(self, config.entries)
+        insert_networks(self, config.entries, config.packings)
 
     @classmethod
     def from_pretrained(cls, folder: Any, *args: Any, **kwargs: Any) -> Any:
@@ -81,6 +91,9 @@ class LlamaTNForCausalLM(LlamaForCausalLM):
         kwargs["ignore_mismatched_sizes"] = True
         model, info = super().from_pretrained(folder, *args, output_loading_info=True, **kwargs)
         _require_exact(info, folder)
+        for name, module in model.named_modules():
+            if isinstance(module, PackedTensor):
+                require_finite(module.scales, f"{folder}: {name}.scales")
         return (model, info) if wants_info else model
 
     @classmethod
@@ -88,7 +101,16 @@ class LlamaTNForCausalLM(LlamaForCausalLM):
         """Nothing: transformers would copy this file into saved folders, not modeling_qll.py."""
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As transformers' own, plus the code file and, last, a manifest: a complete folder."""
+        """As transformers' own, plus the code file and, last, a manifest: a complete folder.
+
+        Scales of packed tensors are saved in bfloat16, whatever dtype they were read in.
+        """
+        if self.config.packings:
+            state = kwargs.get("state_dict") or self.state_dict()
+            kwargs["state_dict"] = {
+                name: tensor.to(SCALE_DTYPE) if name.endswith(".scales") else tensor
+                for name, tensor in state.items()
+            }
         super().save_pretrained(save_directory, *args, **kwargs)
         write_code(Path(save_directory))
         seal(Path(save_directory), logits_fingerprint(self))

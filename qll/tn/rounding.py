@@ -136,7 +136,9 @@ class _Columns:
             part = aim[first:last]
             if self.mix is not None:
                 part = part + self.mix[first:last, :first] @ error[:first]
-            scale = _scales(part.T, self.weights[first:last], self.packing, REACH[self.packing.bits])
+            scale = _scales(
+                part.T, self.weights[first:last], self.packing, REACH[self.packing.bits]
+            )
             scales.append(scale)
             for j in range(first, last):
                 number = part[j - first]
