@@ -45,8 +45,7 @@ class Packing:
     group: int
 
     def __post_init__(self) -> None:
-        whole = type(self.group) is int and self.group > 0
-        if type(self.bits) is not int or self.bits not in BITS or not whole:
+        if self.bits not in BITS or self.group < 1:
             raise ConfigError(
                 "not a packing",
                 where="packed",
@@ -78,7 +77,10 @@ class Packing:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Packing:
         """The packing written by `to_json`; raises KeyError, TypeError or ConfigError."""
-        return cls(value["bits"], value["group"])
+        bits, group = value["bits"], value["group"]
+        if type(bits) is not int or type(group) is not int:
+            raise TypeError(f"bits {bits!r} and group {group!r} are not both integers")
+        return cls(bits, group)
 
 
 def group_axis(shape: tuple[int, ...], group: int) -> int:
