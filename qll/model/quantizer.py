@@ -58,7 +58,7 @@ class TNConfig(QuantizationConfigMixin):
         self.quant_method = quant_method
         self.format_version = format_version
         self.modules = {key: dict(spec) for key, spec in (modules or {}).items()}
-        self.packed = {path: dict(packing) for path, packing in (packed or {}).items()}
+        self.packed = dict(packed or {})
 
     @classmethod
     def from_entries(cls, entries: Entries, packings: Packings | None = None) -> TNConfig:
