@@ -20,7 +20,6 @@ from qll.model.fingerprint import logits_fingerprint
 from qll.model.packed import PackedTensor, Packings, require_finite
 from qll.model.quantizer import MODEL_TYPE, TNConfig
 from qll.model.swap import Entries, insert_networks
-from qll.tn.packed import SCALE_DTYPE
 
 
 # transformers makes this a dataclass whose __init__ takes more than its fields, which the run-time
@@ -101,16 +100,7 @@ class LlamaTNForCausalLM(LlamaForCausalLM):
         """Nothing: transformers would copy this file into saved folders, not modeling_qll.py."""
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As transformers' own, plus the code file and, last, a manifest: a complete folder.
-
-        Scales of packed tensors are saved in bfloat16, whatever dtype they were read in.
-        """
-        if self.config.packings:
-            state = kwargs.get("state_dict") or self.state_dict()
-            kwargs["state_dict"] = {
-                name: tensor.to(SCALE_DTYPE) if name.endswith(".scales") else tensor
-                for name, tensor in state.items()
-            }
+        """As transformers' own, plus the code file and, last, a manifest: a complete folder."""
         super().save_pretrained(save_directory, *args, **kwargs)
         write_code(Path(save_directory))
         seal(Path(save_directory), logits_fingerprint(self))

@@ -23,7 +23,7 @@ from qll.errors import ConfigError
 from qll.model.packed import Packings
 from qll.model.swap import Entries, rebuild_dense
 from qll.tn.network import NetworkSpec
-from qll.tn.packed import Packing
+from qll.tn.packed import SCALE_DTYPE, Packing
 
 METHOD = "qll_tn"
 FORMAT_VERSION = 1
@@ -44,7 +44,7 @@ class TNConfig(QuantizationConfigMixin):
         modules: Mapping[str, Mapping[str, Any]] | None = None,
         format_version: int = FORMAT_VERSION,
         quant_method: str = METHOD,
-        packed: Mapping[str, Mapping[str, int]] | None = None,
+        packed: Mapping[str, Any] | None = None,
     ) -> None:
         """Raises ConfigError for a version of the format that this code does not know."""
         if format_version != FORMAT_VERSION:
@@ -114,6 +114,18 @@ class TNQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Whether the cores are ordinary parameters: not when some are packed."""
         return not self.quantization_config.packed
+
+    def get_state_dict_and_metadata(
+        self, model: PreTrainedModel
+    ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+        """What is saved: scales in their own dtype, whichever they were read in."""
+        if not self.quantization_config.packed:
+            return None, {}
+        state = {
+            name: tensor.to(SCALE_DTYPE) if name.endswith(".scales") else tensor
+            for name, tensor in model.state_dict().items()
+        }
+        return state, {}
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         """Refuse a stock class: it would invent every converted matrix and only warn."""

@@ -75,7 +75,7 @@ class Packing:
         return {"bits": self.bits, "group": self.group}
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Packing:
+    def from_json(cls, value: Any) -> Packing:
         """The packing written by `to_json`; raises KeyError, TypeError or ConfigError."""
         bits, group = value["bits"], value["group"]
         if type(bits) is not int or type(group) is not int:

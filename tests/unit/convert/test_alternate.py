@@ -75,7 +75,7 @@ def test_probes_estimate_the_same_pair():
         exact, probed = problem.pair(cores, k), problem._probed_pair(cores, k)
         for one, other in zip(exact, probed, strict=True):
             cosine = (one * other).sum() / one.norm() / other.norm()
-            assert cosine > 0.9
+            assert cosine > 0.85
 
 
 @pytest.mark.parametrize("format", ["lowrank", "mpo", "joint_tree"])
