@@ -42,11 +42,16 @@ class ConvertOptions:
     """Share of the embedding (and output head) parameters to keep; 1 leaves them dense."""
     dtype: Dtype = "auto"
     """Dtype of the saved tensors; auto is the source's (float32 for quantised GGUF files)."""
+    bits: Literal[0, 4, 8] = 0
+    """Store the block linears (cores and dense matrices) as integers of 4 or 8 bits; 0 does not."""
+    bits_group: int = 32
+    """Numbers that share a scale of 16 bits under --bits."""
 
     def __post_init__(self) -> None:
         _require_share("--keep", self.keep)
         _require_share("--keep_embeddings", self.keep_embeddings)
         _require_positive("--sites", self.sites, least=2)
+        _require_positive("--bits_group", self.bits_group, least=1)
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,11 @@ from qll.convert import (
     load_plan,
     make_plan,
     measured_again,
+    packings_of,
+    quantise_units,
     refine,
     saved_dtype,
-    trained_name,
+    trained_path,
 )
 from qll.errors import UsageError
 from qll.load import Source, builtin_texts, encode, open_source, open_tokenizer, read_text
@@ -282,7 +284,7 @@ def heal_model(state: Run, plan: Plan, refined: Path | None, trained: Path) -> d
         return store.read_json(trained / "facts.json")
     train = state.config.train
     start = state.work / "start"
-    assemble_folder(state, plan, refined, start)
+    assemble_folder(state, plan, refined, start, as_float=True)
     dense = load_dense(state.source, torch.float32, state.device)
     converted = load(start, device=state.device, dtype=torch.float32, verify=False)
     precision = choose_precision(train.precision, state.device)
@@ -308,9 +310,10 @@ def write_model(
     """model/, committed with its manifest; returns the facts in it."""
     from qll.model import commit_folder
 
+    options, cores, source = state.config.convert, cores_of(state), state.source
     if trained is not None:
-        options, cores = state.config.convert, cores_of(state)
-        records = measured_again(state.source, moments, plan, options, cores, trained, records)
+        records = measured_again(source, moments, plan, options, cores, trained, records)
+    records = quantise_units(source, moments, plan, options, cores, trained, state.events, records)
     assemble_folder(state, plan, trained, state.model)
     facts = {
         "source": state.source.fingerprint,
@@ -324,12 +327,14 @@ def write_model(
     return facts
 
 
-def assemble_folder(state: Run, plan: Plan, trained: Path | None, folder: Path) -> None:
-    """Everything of a converted checkpoint but its manifest."""
+def assemble_folder(
+    state: Run, plan: Plan, trained: Path | None, folder: Path, *, as_float: bool = False
+) -> None:
+    """Everything of a converted checkpoint but its manifest; `as_float` leaves out --bits."""
     from qll.model import write_static_files
 
     options = state.config.convert
-    assemble(state.source, plan, options, cores_of(state), folder, trained)
+    assemble(state.source, plan, options, cores_of(state), folder, trained, as_float=as_float)
     write_static_files(
         folder,
         state.source,
@@ -337,6 +342,7 @@ def assemble_folder(state: Run, plan: Plan, trained: Path | None, folder: Path) 
         {entry.unit.members: entry.spec for entry in plan.entries if entry.spec is not None},
         folded_norms=options.norms == "fold",
         dtype=saved_dtype(state.source, options),
+        packings={} if as_float else packings_of(plan, options),
     )
 
 
@@ -350,7 +356,7 @@ def save_trained(model: Any, folder: Path) -> None:
             for name, parameter in model.named_parameters()
             if name.startswith(prefix)
         }
-        store.write_tensors(folder / trained_name(block), tensors)
+        store.write_tensors(trained_path(folder, block), tensors)
 
 
 def cores_of(state: Run) -> Path:

@@ -5,12 +5,14 @@ Input: a Source and its MomentStore. Output: a plan, and a folder of shards.
 """
 
 from qll.callable_room import callable_room
-from qll.convert.assemble import assemble, trained_name
+from qll.convert.assemble import assemble
 from qll.convert.fit import fit
 from qll.convert.plan import Plan, PlanEntry, load_plan
 from qll.convert.planner import make_plan
+from qll.convert.quantise import packings_of, quantise_units
 from qll.convert.refine import RefineSettings, refine
 from qll.convert.remeasure import measured_again
+from qll.convert.stored import trained_path
 from qll.convert.weights import metrics_of, read_weights
 from qll.convert.write import convert_units, saved_dtype
 from qll.tn import JOINTS, NETWORKS
@@ -29,10 +31,12 @@ __all__ = [
     "make_plan",
     "measured_again",
     "metrics_of",
+    "packings_of",
+    "quantise_units",
     "read_weights",
     "refine",
     "saved_dtype",
-    "trained_name",
+    "trained_path",
 ]
 
 callable_room(__name__, "qll.api", "convert")

@@ -17,12 +17,14 @@ from tqdm import tqdm
 from qll import store
 from qll.config import ConvertOptions
 from qll.convert.plan import Plan
+from qll.convert.stored import unit_path, unit_tensors, with_trained
 from qll.convert.units import HEAD
 from qll.convert.write import saved_dtype
-from qll.errors import IntegrityError
 from qll.load import Source
 from qll.model import gain_of
 from qll.model.files import write_index
+
+SCALES = ".scales"  # of packed cores
 
 
 def assemble(
@@ -32,14 +34,20 @@ def assemble(
     cores: Path,
     model: Path,
     trained: Path | None = None,
+    *,
+    as_float: bool = False,
 ) -> None:
-    """Write the shards and their index into `model`, in the saved dtype."""
+    """Write the shards and their index into `model`, in the saved dtype.
+
+    `as_float` leaves out the packing of options.bits.
+    """
     layers, kind = source.config.num_hidden_layers, saved_dtype(source, options)
     total, weight_map, size = layers + 1, {}, 0
     bar = tqdm(range(total), "write", unit="shard", file=sys.stderr, disable=None)
     for k in bar:
-        tensors = block_tensors(source, plan, options, cores, k if k < layers else None, trained)
-        tensors = {name: _cast(tensor, kind) for name, tensor in sorted(tensors.items())}
+        block = k if k < layers else None
+        tensors = block_tensors(source, plan, options, cores, block, trained, as_float=as_float)
+        tensors = {name: _cast(name, tensor, kind) for name, tensor in sorted(tensors.items())}
         name = f"model-{k + 1:05d}-of-{total:05d}.safetensors"
         store.write_tensors(model / name, tensors)
         weight_map |= dict.fromkeys(tensors, name)
@@ -54,41 +62,30 @@ def block_tensors(
     cores: Path,
     block: int | None,
     trained: Path | None = None,
+    *,
+    as_float: bool = True,
 ) -> dict[str, Tensor]:
     """Every tensor of one block (None: of the rest) by its name in the checkpoint.
 
-    Raises IntegrityError when the file of a trained block holds other tensors.
+    `as_float`: before options.bits packed them. Raises IntegrityError when the file of a trained
+    block belongs to another plan.
     """
+    norms = with_trained(_norms(source, options, block), trained, block)
     tensors: dict[str, Tensor] = {}
     for entry in plan.of_block(block):
-        tensors |= load_file(cores / f"{entry.unit.name}.safetensors")
-    tensors |= _norms(source, options, block)
+        if options.bits and not as_float and block is not None:
+            tensors |= load_file(unit_path(cores, entry, packed=True))
+        else:
+            tensors |= unit_tensors(cores, trained, entry)
     if block is None and source.config.tie_word_embeddings:
         tensors = {name: t for name, t in tensors.items() if not name.startswith(HEAD)}
-    if trained is None or not (path := trained / trained_name(block)).is_file():
-        return tensors
-    changed = load_file(path)
-    if strange := [name for name, t in changed.items() if _shape(tensors.get(name)) != t.shape]:
-        raise IntegrityError(
-            "trained tensors of another plan",
-            where=path,
-            found=strange[0],
-            hint="delete the work folder of the run and start it again",
-        )
-    return tensors | changed
+    return tensors | norms
 
 
-def trained_name(block: int | None) -> str:
-    """File of the trained tensors of a block, or of what is in none."""
-    return "rest.safetensors" if block is None else f"block.{block:04d}.safetensors"
-
-
-def _shape(tensor: Tensor | None) -> torch.Size | None:
-    return None if tensor is None else tensor.shape
-
-
-def _cast(tensor: Tensor, kind: torch.dtype) -> Tensor:
-    return tensor.to(kind) if tensor.is_floating_point() else tensor
+def _cast(name: str, tensor: Tensor, kind: torch.dtype) -> Tensor:
+    """Floating point numbers in `kind`; the scales of packed ones stay what they are."""
+    stays = name.endswith(SCALES) or not tensor.is_floating_point()
+    return tensor if stays else tensor.to(kind)
 
 
 def _norms(source: Source, options: ConvertOptions, block: int | None) -> dict[str, Tensor]:

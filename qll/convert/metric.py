@@ -55,16 +55,17 @@ class Metric:
     left: Float[Tensor, "out out"] | Float[Tensor, " out"] | None = None
     right: Float[Tensor, "in in"] | Float[Tensor, " in"] | None = None
 
+    def weighted(self, error: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """G_out error G_in: half the gradient of `norm_squared`."""
+        if self.left is not None:
+            error = self.left[:, None] * error if self.left.ndim == 1 else self.left @ error
+        if self.right is not None:
+            error = error * self.right if self.right.ndim == 1 else error @ self.right
+        return error
+
     def norm_squared(self, error: Float[Tensor, "out in"]) -> float:
         """||L_out^T error L_in||_F^2, from the second moments: tr(E^T G_out E G_in)."""
-        weighted = error
-        if self.left is not None:
-            diagonal = self.left.ndim == 1
-            weighted = self.left[:, None] * weighted if diagonal else self.left @ weighted
-        if self.right is not None:
-            diagonal = self.right.ndim == 1
-            weighted = weighted * self.right if diagonal else weighted @ self.right
-        return float((weighted * error).sum().clamp(min=0))
+        return float((self.weighted(error) * error).sum().clamp(min=0))
 
 
 def plain() -> Metric:

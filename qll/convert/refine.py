@@ -26,9 +26,10 @@ from tqdm import tqdm
 
 from qll.calibrate import Journal, MomentStore, Streams
 from qll.config import ConvertOptions
-from qll.convert.assemble import block_tensors, trained_name
+from qll.convert.assemble import block_tensors
 from qll.convert.metric import SHRINK_GRAD, factor, shrink
 from qll.convert.plan import Plan
+from qll.convert.stored import trained_path
 from qll.convert.write import significant
 from qll.load import Source
 from qll.model.blocks import build_block, build_network_block, embed, run_block
@@ -97,7 +98,7 @@ def refine(
             _refine_one(
                 source, plan, options, moments, index, cores, journal, streams, settings, device
             )
-        line = journal.facts(trained_name(index))
+        line = journal.facts(_file(index))
         facts.append({"block": index, **{key: line[key] for key in REPORTED}})
         bar.set_postfix_str(f"error {line['error_before']:.3f} -> {line['error_after']:.3f}")
     streams.close()
@@ -162,7 +163,7 @@ def _refine_one(
         prepare_training(dense, settings.precision, device)
         _run_stream(dense, original, targets, settings.precision, device)
         streams.commit(f"original.{index + 1}")
-    done = journal.facts(trained_name(index)) is not None
+    done = journal.facts(_file(index)) is not None
     tensors = block_tensors(source, plan, options, cores, index, journal.folder if done else None)
     entries = {e.unit.members: e.spec for e in plan.of_block(index) if e.spec is not None}
     block = build_network_block(source.config, index, entries, tensors, device)
@@ -181,7 +182,7 @@ def _refine_one(
         values = {
             f"model.layers.{index}.{name}": p.detach().cpu() for name, p in block.named_parameters()
         }
-        journal.write(trained_name(index), values, facts)
+        journal.write(_file(index), values, facts)
     after = streams.create(f"converted.{index + 1}")
     _run_stream(block, converted, after, settings.precision, device)
     streams.commit(f"converted.{index + 1}")
@@ -238,6 +239,10 @@ def _run_stream(
     for number in range(len(before)):
         with autocast(precision, device):
             after[number] = run_block(block, before[number : number + 1].to(device))[0].cpu()
+
+
+def _file(index: int) -> str:
+    return trained_path(Path(), index).name
 
 
 def _job(plan: Plan, windows: Tensor, settings: RefineSettings) -> dict[str, Any]:

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qll.model.layers import NetworkModule, TNEmbedding, TNTiedHead
+from qll.model.packed import PackedLinear, PackedTensor
+from qll.tn.packed import SCALE_DTYPE
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class ParamCount:
 
 
 def count_params(model: PreTrainedModel) -> ParamCount:
-    """Stored numbers of `model`, pivot indices included.
+    """Stored numbers of `model`, pivot indices included; scales of packed ones cost bytes only.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> config = LlamaConfig(vocab_size=10, hidden_size=4, intermediate_size=6, num_hidden_layers=1,
@@ -40,8 +43,14 @@ def count_params(model: PreTrainedModel) -> ParamCount:
     ParamCount(total=188, blocks=136, embeddings=40, norms=12)
     """
     counts = {"blocks": 0, "embeddings": 0, "norms": 0}
+    packed = {
+        f"{name}.packed": prod(module.shape)
+        for name, module in model.named_modules()
+        if isinstance(module, PackedTensor)
+    }
     for name, tensor in _stored(model):
-        counts[_part(name)] += tensor.numel()
+        scales = name.removesuffix(".scales") + ".packed" in packed
+        counts[_part(name)] += packed.get(name, 0 if scales else tensor.numel())
     return ParamCount(total=sum(counts.values()), **counts)
 
 
@@ -55,9 +64,11 @@ def bytes_by_dtype(model: PreTrainedModel) -> dict[str, int]:
     {'bfloat16': 376}
     """
     sizes: dict[str, int] = {}
-    for _, tensor in _stored(model):
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        sizes[dtype] = sizes.get(dtype, 0) + tensor.numel() * tensor.element_size()
+    packed = {n for n, module in model.named_modules() if isinstance(module, PackedTensor)}
+    for name, tensor in _stored(model):
+        kind = SCALE_DTYPE if name.removesuffix(".scales") in packed else tensor.dtype
+        dtype = str(kind).removeprefix("torch.")
+        sizes[dtype] = sizes.get(dtype, 0) + tensor.numel() * kind.itemsize
     return sizes
 
 
@@ -96,7 +107,7 @@ def _part(name: str) -> str:
 
 
 def _flops(module: nn.Module, tokens: int) -> int:
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear | PackedLinear):
         return 2 * tokens * module.in_features * module.out_features
     if isinstance(module, TNTiedHead):
         return module.embedding.network().flops(tokens)

@@ -11,12 +11,15 @@ from qll.model.groups import TNGroup, TNMember, group_path
 from qll.model.layers import TNEmbedding, TNLinear, TNTiedHead
 from qll.model.llama_tn import LlamaTNConfig, LlamaTNForCausalLM
 from qll.model.norms import fold_gain, gain_of
+from qll.model.packed import PackedLinear, PackedTensor
 from qll.model.quantizer import TNConfig
-from qll.model.swap import insert_networks, stored_shapes
+from qll.model.swap import insert_networks, packed_numbers, stored_shapes
 
 __all__ = [
     "LlamaTNConfig",
     "LlamaTNForCausalLM",
+    "PackedLinear",
+    "PackedTensor",
     "TNConfig",
     "TNEmbedding",
     "TNGroup",
@@ -38,6 +41,7 @@ __all__ = [
     "load",
     "load_dense",
     "logits_fingerprint",
+    "packed_numbers",
     "run_block",
     "stored_shapes",
     "write_static_files",

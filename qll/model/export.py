@@ -83,8 +83,7 @@ def export_dense(folder: str | Path, out: str | Path) -> Path:
     _copy(stored.folder, out)
 
     def tensors(name: str) -> dict[str, Tensor]:
-        path = name.removesuffix(".weight")
-        return {name: stored.matrix(path) if path in stored.entries else stored.read(name)}
+        return {name: stored.tensor(name)}
 
     _write_shards(stored, out, tensors)
     _finish(stored, out)
@@ -112,7 +111,7 @@ def export_two_linear(folder: str | Path, out: str | Path) -> Path:
         if path in pairs:
             second, first = stored.network(path).expand().cores
             return {f"{path}.0.weight": first, f"{path}.1.weight": second}
-        return {name: stored.matrix(path) if path in stored.entries else stored.read(name)}
+        return {name: stored.tensor(name)}
 
     files = _write_shards(stored, out, tensors)
     plan = {

@@ -9,7 +9,7 @@
 
 The tensors stand in `model-0000i-of-0000n.safetensors` with `model.safetensors.index.json` (or in
 one `model.safetensors`) under the names of `stored_shapes`; dense matrices and norms keep their
-Hugging Face names.
+Hugging Face names, but a packed dense matrix is `<path>.packed` and `<path>.scales`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from qll.load import Source
 from qll.load.files import read_object
 
 if TYPE_CHECKING:
+    from qll.model.packed import Packings
     from qll.model.swap import Entries
 
 CODE_NAME = "modeling_qll.py"
@@ -74,11 +75,13 @@ def write_static_files(
     *,
     dtype: torch.dtype,
     folded_norms: bool = False,
+    packings: Packings | None = None,
 ) -> None:
     """Write all files of a converted folder but tensors and manifest; safe to repeat.
 
     `entries` are the networks by their members, `dtype` that of the stored cores; `folded_norms`
-    records that norm gains were multiplied into the matrices. Everything else is as in `source`.
+    records that norm gains were multiplied into the matrices, `packings` what is stored in integers
+    by module path. Everything else is as in `source`.
     """
     # imported here: that module imports this one
     from qll.model.llama_tn import LlamaTNConfig
@@ -93,7 +96,7 @@ def write_static_files(
     converted = LlamaTNConfig(**settings, qll_folded_norms=folded_norms)
     converted.architectures = ["LlamaTNForCausalLM"]
     converted.dtype = str(dtype).removeprefix("torch.")
-    converted.quantization_config = TNConfig.from_entries(entries).to_dict()
+    converted.quantization_config = TNConfig.from_entries(entries, packings).to_dict()
     store.write_text(folder / "config.json", converted.to_json_string(use_diff=False))
     generation = GenerationConfig.from_model_config(source.config)
     store.write_text(folder / "generation_config.json", generation.to_json_string())

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from qll.model.layers import NetworkModule
 from qll.tn.network import NetworkSpec
+from qll.tn.packed import Packing
 
 # Members of a group, by their last names -> the name of the group's module beside them.
 GROUP_NAMES = {
@@ -50,8 +51,9 @@ class TNGroup(NetworkModule):
         *,
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
+        packing: Packing | None = None,
     ) -> None:
-        super().__init__(spec, dtype=dtype, device=device)
+        super().__init__(spec, dtype=dtype, device=device, packing=packing)
         self._memo: _Shared | None = None
 
     def forward(
@@ -79,7 +81,8 @@ class TNGroup(NetworkModule):
 
     def _state(self, x: Tensor) -> tuple[Any, ...]:
         """What must not have changed for a remembered value to be right."""
-        versions = tuple(None if core.is_inference() else core._version for core in self.cores)
+        cores = (*self.cores.parameters(), *self.cores.buffers())
+        versions = tuple(None if core.is_inference() else core._version for core in cores)
         autocast = torch.is_autocast_enabled(x.device.type)
         return (x._version, versions, torch.is_grad_enabled(), autocast)
 

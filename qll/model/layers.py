@@ -4,9 +4,10 @@
     TNEmbedding  rows of W by id    the table is never built
     TNTiedHead   y = W x with the W of a TNEmbedding; holds nothing of its own
 
-The numbers are plain parameters and buffers, so state_dict, .to(), deepcopy, pickle and optimisers
-see nothing unusual. `.weight` rebuilds the matrix on every read; it exists for tools that want to
-look at it. Cores are NaN until they are loaded: a forgotten load shows at once.
+With a packing each core is a PackedTensor (qll.model.packed). Otherwise the numbers are plain
+parameters and buffers, so state_dict, .to(), deepcopy, pickle and optimisers see nothing unusual.
+`.weight` rebuilds the matrix on every read; it exists for tools that want to look at it. Cores are
+NaN until they are loaded: a forgotten load shows at once.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from qll.model.packed import PackedTensor
 from qll.tn import build, tensor_shapes
 from qll.tn.network import MatrixNetwork, NetworkSpec
+from qll.tn.packed import Packing
 
 # Pivots count rows of one matrix; half the bytes of torch's default.
 INDEX_DTYPE = torch.int32
@@ -33,13 +36,20 @@ class NetworkModule(nn.Module):
         *,
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
+        packing: Packing | None = None,
     ) -> None:
         super().__init__()
         self.spec = spec
         shapes = tensor_shapes(spec)
-        self.cores = nn.ParameterList(
-            torch.full(shape, torch.nan, dtype=dtype, device=device) for shape in shapes.cores
-        )
+        self.cores: nn.ParameterList | nn.ModuleList
+        if packing is None:
+            self.cores = nn.ParameterList(
+                torch.full(shape, torch.nan, dtype=dtype, device=device) for shape in shapes.cores
+            )
+        else:
+            self.cores = nn.ModuleList(
+                PackedTensor(shape, packing, dtype=dtype, device=device) for shape in shapes.cores
+            )
         self.indices = nn.Module()
         for position, shape in enumerate(shapes.indices):
             # distinct, so that an unloaded network computes NaN and not an index error
@@ -58,8 +68,9 @@ class NetworkModule(nn.Module):
         return module
 
     def network(self) -> MatrixNetwork:
-        """The network on the module's own tensors (no copies): gradients reach the cores."""
-        return build(self.spec, tuple(self.cores), tuple(self.indices.buffers()))
+        """The network on the module's own tensors (no copies): gradients reach unpacked cores."""
+        cores = tuple(c.values() if isinstance(c, PackedTensor) else c for c in self.cores)
+        return build(self.spec, cores, tuple(self.indices.buffers()))
 
     def extra_repr(self) -> str:
         """Format, shape and ranks, for print(model)."""

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from qll.errors import IntegrityError
 from qll.model.files import AUTO_MAP, seal, write_code
 from qll.model.fingerprint import logits_fingerprint
+from qll.model.packed import PackedTensor, Packings, require_finite
 from qll.model.quantizer import MODEL_TYPE, TNConfig
 from qll.model.swap import Entries, insert_networks
 
@@ -50,9 +51,17 @@ class LlamaTNConfig(LlamaConfig):
     @property
     def entries(self) -> Entries:
         """The tensor networks of the checkpoint by their members."""
+        return self._stored.entries()
+
+    @property
+    def packings(self) -> Packings:
+        """Bits and group of what the checkpoint stores in integers, by module path."""
+        return self._stored.packings()
+
+    @property
+    def _stored(self) -> TNConfig:
         stored = getattr(self, "quantization_config", None) or {}
-        config = stored if isinstance(stored, TNConfig) else TNConfig(**stored)
-        return config.entries()
+        return stored if isinstance(stored, TNConfig) else TNConfig(**stored)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
@@ -67,7 +76,7 @@ class LlamaTNForCausalLM(LlamaForCausalLM):
     def __init__(self, config: LlamaTNConfig) -> None:
         """Cores are NaN until they are loaded."""
         super().__init__(config)
-        insert_networks(self, config.entries)
+        insert_networks(self, config.entries, config.packings)
 
     @classmethod
     def from_pretrained(cls, folder: Any, *args: Any, **kwargs: Any) -> Any:
@@ -81,6 +90,9 @@ class LlamaTNForCausalLM(LlamaForCausalLM):
         kwargs["ignore_mismatched_sizes"] = True
         model, info = super().from_pretrained(folder, *args, output_loading_info=True, **kwargs)
         _require_exact(info, folder)
+        for name, module in model.named_modules():
+            if isinstance(module, PackedTensor):
+                require_finite(module.scales, f"{folder}: {name}.scales")
         return (model, info) if wants_info else model
 
     @classmethod

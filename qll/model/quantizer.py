@@ -2,7 +2,8 @@
 
 config.json holds, under "quantization_config", the method name "qll_tn", a format version and one
 network spec per entry; the key of an entry is its member path, or the paths of a group joined by
-"|". transformers turns that into a TNConfig and asks the TNQuantizer for the rest. The modules
+"|". Under "packed" it holds bits and group of what is stored in integers, by module path.
+transformers turns that into a TNConfig and asks the TNQuantizer for the rest. The modules
 themselves are put in place by the model class (`LlamaTNForCausalLM`), so that a model built from a
 config alone has them too.
 """
@@ -19,8 +20,10 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qll.errors import ConfigError
+from qll.model.packed import Packings
 from qll.model.swap import Entries, rebuild_dense
 from qll.tn.network import NetworkSpec
+from qll.tn.packed import SCALE_DTYPE, Packing
 
 METHOD = "qll_tn"
 FORMAT_VERSION = 1
@@ -41,6 +44,7 @@ class TNConfig(QuantizationConfigMixin):
         modules: Mapping[str, Mapping[str, Any]] | None = None,
         format_version: int = FORMAT_VERSION,
         quant_method: str = METHOD,
+        packed: Mapping[str, Any] | None = None,
     ) -> None:
         """Raises ConfigError for a version of the format that this code does not know."""
         if format_version != FORMAT_VERSION:
@@ -54,11 +58,15 @@ class TNConfig(QuantizationConfigMixin):
         self.quant_method = quant_method
         self.format_version = format_version
         self.modules = {key: dict(spec) for key, spec in (modules or {}).items()}
+        self.packed = dict(packed or {})
 
     @classmethod
-    def from_entries(cls, entries: Entries) -> TNConfig:
-        """The config of `entries`."""
-        return cls({"|".join(members): spec.to_json() for members, spec in entries.items()})
+    def from_entries(cls, entries: Entries, packings: Packings | None = None) -> TNConfig:
+        """The config of `entries`, and of what is packed by module path."""
+        return cls(
+            {"|".join(members): spec.to_json() for members, spec in entries.items()},
+            packed={path: packing.to_json() for path, packing in (packings or {}).items()},
+        )
 
     def entries(self) -> dict[tuple[str, ...], NetworkSpec]:
         """The entries by their members; raises ConfigError for a spec that cannot be read."""
@@ -70,6 +78,21 @@ class TNConfig(QuantizationConfigMixin):
                 raise ConfigError(
                     "network spec cannot be read",
                     where=f"config.json: {key}",
+                    found=repr(error),
+                    hint="copy the folder again",
+                ) from None
+        return found
+
+    def packings(self) -> dict[str, Packing]:
+        """How what is packed is packed; raises ConfigError for what cannot be read."""
+        found = {}
+        for path, value in self.packed.items():
+            try:
+                found[path] = Packing.from_json(value)
+            except (ConfigError, KeyError, TypeError) as error:
+                raise ConfigError(
+                    "packing cannot be read",
+                    where=f"config.json: {path}",
                     found=repr(error),
                     hint="copy the folder again",
                 ) from None
@@ -89,8 +112,20 @@ class TNQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """True: the cores are ordinary parameters."""
-        return True
+        """Whether the cores are ordinary parameters: not when some are packed."""
+        return not self.quantization_config.packed
+
+    def get_state_dict_and_metadata(
+        self, model: PreTrainedModel
+    ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+        """What is saved: scales in their own dtype, whichever they were read in."""
+        if not self.quantization_config.packed:
+            return None, {}
+        state = {
+            name: tensor.to(SCALE_DTYPE) if name.endswith(".scales") else tensor
+            for name, tensor in model.state_dict().items()
+        }
+        return state, {}
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         """Refuse a stock class: it would invent every converted matrix and only warn."""

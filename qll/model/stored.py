@@ -16,11 +16,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 from qll.errors import IntegrityError
+from qll.load import expected_specs
 from qll.model.files import read_weight_map
 from qll.model.llama_tn import LlamaTNConfig
-from qll.model.swap import stored_shapes
-from qll.tn import build
+from qll.model.packed import packed_shapes, require_finite
+from qll.model.swap import entry_path
+from qll.tn import build, tensor_shapes
 from qll.tn.network import MatrixNetwork, NetworkSpec
+from qll.tn.packed import Packing, dequantise
 
 
 @dataclass(frozen=True)
@@ -72,20 +75,40 @@ class StoredModel:
     def network(self, path: str) -> MatrixNetwork:
         """The network that `path` is (a member of), its cores in float32."""
         members, spec = self.entries[path]
-        named = stored_shapes(members, spec)
-        tensors = {name: self.read(name, shape) for name, shape in named.items()}
-        cores = tuple(
-            tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-            for name, tensor in tensors.items()
-            if ".cores." in name
+        home, shapes = entry_path(members), tensor_shapes(spec)
+        packing = self.config.packings.get(home)
+        cores = []
+        for i, shape in enumerate(shapes.cores):
+            core = self._numbers(f"{home}.cores.{i}", shape, packing)
+            cores.append(core.to(torch.promote_types(core.dtype, torch.float32)))
+        indices = tuple(
+            self.read(f"{home}.indices.{i}", shape) for i, shape in enumerate(shapes.indices)
         )
-        indices = tuple(tensor for name, tensor in tensors.items() if ".indices." in name)
-        return build(spec, cores, indices)
+        return build(spec, tuple(cores), indices)
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor that a plain Llama has at `name`, rebuilt where it is a network or packed."""
+        path = name.removesuffix(".weight")
+        rebuilt = path in self.entries or path in self.config.packings
+        return self.matrix(path) if rebuilt else self.read(name)
 
     def matrix(self, path: str) -> Float[Tensor, "out into"]:
         """The dense matrix at module path `path`; float32 if it had to be rebuilt."""
+        if path in self.config.packings and path not in self.entries:
+            shape = expected_specs(self.config)[f"{path}.weight"]
+            return self._numbers(path, shape, self.config.packings[path])
         if path not in self.entries:
             return self.read(f"{path}.weight")
         members, _ = self.entries[path]
         network = self.network(path)
         return network.to_matrix(*(() if len(members) == 1 else (members.index(path),)))
+
+    def _numbers(self, name: str, shape: tuple[int, ...], packing: Packing | None) -> Tensor:
+        """The tensor stored at `name`; float32 when it is packed."""
+        if packing is None:
+            return self.read(name, shape)
+        codes, scales = (
+            self.read(part, size) for part, size in packed_shapes(name, shape, packing).items()
+        )
+        require_finite(scales, f"{self.folder}: {name}.scales")
+        return dequantise(codes, scales.to(torch.float32), shape, packing)

@@ -8,16 +8,24 @@ can be loaded; `rebuild_dense` turns them into plain Linears again.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
 from qll.errors import ConfigError, ShapeError
+from qll.load import expected_specs
 from qll.model.groups import GROUP_NAMES, TNGroup, TNMember, group_path
 from qll.model.layers import TNEmbedding, TNLinear, TNTiedHead
+from qll.model.packed import PackedLinear, Packings, packed_shapes
 from qll.tn import JOINTS, NETWORKS, build, require_valid, tensor_shapes
 from qll.tn.network import NetworkSpec
+from qll.tn.packed import Packing
+
+if TYPE_CHECKING:
+    from qll.model.llama_tn import LlamaTNConfig
 
 Entries = Mapping[tuple[str, ...], NetworkSpec]
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
@@ -25,26 +33,60 @@ EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 READS_OTHER_INPUT = "o_proj"
 
 
-def stored_shapes(members: tuple[str, ...], spec: NetworkSpec) -> dict[str, tuple[int, ...]]:
+def stored_shapes(
+    members: tuple[str, ...], spec: NetworkSpec, packing: Packing | None = None
+) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors that an entry stores in a converted folder, in order.
 
     `<path>.cores.<i>` are floating point, `<path>.indices.<i>` int32; the path of a group of
-    members is that of `group_path`.
+    members is `entry_path`. With a packing each core is `<path>.cores.<i>.packed` (uint8) and
+    `<path>.cores.<i>.scales` (bfloat16).
 
     >>> stored_shapes(("lm_head",), NetworkSpec("lowrank", (6, 4), (2,)))
     {'lm_head.cores.0': (6, 2), 'lm_head.cores.1': (2, 4)}
     """
-    path = members[0] if len(members) == 1 else group_path(members)
-    shapes = tensor_shapes(spec)
-    named = {f"{path}.cores.{i}": shape for i, shape in enumerate(shapes.cores)}
+    path, shapes = entry_path(members), tensor_shapes(spec)
+    named: dict[str, tuple[int, ...]] = {}
+    for i, shape in enumerate(shapes.cores):
+        name = f"{path}.cores.{i}"
+        named |= {name: shape} if packing is None else packed_shapes(name, shape, packing)
     return named | {f"{path}.indices.{i}": shape for i, shape in enumerate(shapes.indices)}
 
 
-def insert_networks(model: LlamaForCausalLM, entries: Entries) -> None:
+def entry_path(members: tuple[str, ...]) -> str:
+    """Module path that holds what an entry stores: the matrix itself, or the group's module.
+
+    >>> entry_path(("lm_head",))
+    'lm_head'
+    """
+    return members[0] if len(members) == 1 else group_path(members)
+
+
+def packed_numbers(config: LlamaTNConfig) -> dict[str, int]:
+    """How many numbers each `.packed` tensor of a converted folder stands for; 0 for `.scales`."""
+    entries = {entry_path(members): spec for members, spec in config.entries.items()}
+    dense = expected_specs(config)
+    found = {}
+    for path in config.packings:
+        if path in entries:
+            cores = enumerate(tensor_shapes(entries[path]).cores)
+            shapes = {f"{path}.cores.{i}": shape for i, shape in cores}
+        else:
+            shapes = {path: dense[f"{path}.weight"]}
+        for name, shape in shapes.items():
+            found |= {f"{name}.packed": prod(shape), f"{name}.scales": 0}
+    return found
+
+
+def insert_networks(
+    model: LlamaForCausalLM, entries: Entries, packings: Packings | None = None
+) -> None:
     """Replace the matrices of `entries` in `model` by network modules, cores not yet loaded.
 
-    A network in place of a tied embedding also serves as the output head. Raises ConfigError for an
-    entry that names no matrix of this model, ShapeError for one of another shape.
+    `packings` says which of them are packed, by `entry_path`; any other path in it is a dense
+    matrix, which becomes a PackedLinear. A network in place of a tied embedding also serves as the
+    output head. Raises ConfigError for an entry that names no matrix of this model, ShapeError for
+    one of another shape.
 
     >>> from transformers import LlamaConfig
     >>> config = LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=8,
@@ -54,21 +96,25 @@ def insert_networks(model: LlamaForCausalLM, entries: Entries) -> None:
     >>> type(model.lm_head).__name__
     'TNLinear'
     """
+    packings = dict(packings or {})
     for members, spec in entries.items():
         _check_entry(model, members, spec)
     for members, spec in entries.items():
         like = model.get_submodule(members[0]).weight
+        packing = packings.pop(entry_path(members), None)
         if len(members) > 1:
-            _insert_group(model, members, spec, like)
+            _insert_group(model, members, spec, like, packing)
         elif members[0] == EMBEDDING:
-            table = TNEmbedding(spec, dtype=like.dtype, device=like.device)
+            table = TNEmbedding(spec, dtype=like.dtype, device=like.device, packing=packing)
             model.set_submodule(EMBEDDING, table)
             if model.config.tie_word_embeddings:
                 model.set_submodule(HEAD, TNTiedHead(table))
                 _tie(model, {})
         else:
-            linear = TNLinear(spec, dtype=like.dtype, device=like.device)
+            linear = TNLinear(spec, dtype=like.dtype, device=like.device, packing=packing)
             model.set_submodule(members[0], linear)
+    for path, packing in packings.items():
+        _insert_packed(model, path, packing)
 
 
 def rebuild_dense(model: LlamaForCausalLM, dtype: torch.dtype) -> None:
@@ -93,14 +139,27 @@ def rebuild_dense(model: LlamaForCausalLM, dtype: torch.dtype) -> None:
         model.tie_weights()
 
 
-TN_MODULES = (TNLinear, TNEmbedding, TNTiedHead, TNGroup, TNMember)
+TN_MODULES = (TNLinear, TNEmbedding, TNTiedHead, TNGroup, TNMember, PackedLinear)
+
+
+def _insert_packed(model: LlamaForCausalLM, path: str, packing: Packing) -> None:
+    shape = _matrix_shape(model, path)
+    if not isinstance(model.get_submodule(path), nn.Linear):
+        raise ConfigError("only a Linear can be packed without a network", where=path)
+    like = model.get_submodule(path).weight
+    linear = PackedLinear(shape, packing, dtype=like.dtype, device=like.device)
+    model.set_submodule(path, linear)
 
 
 def _insert_group(
-    model: LlamaForCausalLM, members: tuple[str, ...], spec: NetworkSpec, like: torch.Tensor
+    model: LlamaForCausalLM,
+    members: tuple[str, ...],
+    spec: NetworkSpec,
+    like: torch.Tensor,
+    packing: Packing | None,
 ) -> None:
     path = group_path(members)
-    group = TNGroup(spec, dtype=like.dtype, device=like.device)
+    group = TNGroup(spec, dtype=like.dtype, device=like.device, packing=packing)
     parent, _, last = path.rpartition(".")
     model.get_submodule(parent).add_module(last, group)
     others = sum(member.endswith(READS_OTHER_INPUT) for member in members)
@@ -110,10 +169,12 @@ def _insert_group(
 
 
 def _dense_module(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    if isinstance(module, PackedLinear):
+        return _linear(module.weight.to(dtype))
     owner = module.group if isinstance(module, TNMember) else module
-    wide = torch.promote_types(next(iter(owner.cores)).dtype, torch.float32)
     with torch.no_grad():
         network = owner.network()
+        wide = torch.promote_types(network.cores[0].dtype, torch.float32)
         cores = tuple(core.to(wide) for core in network.cores)
         network = build(network.spec, cores, network.indices)
         member = (module.member,) if isinstance(module, TNMember) else ()

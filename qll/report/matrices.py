@@ -147,6 +147,8 @@ def details(row: Mapping[str, Any]) -> dict[str, Any]:
         ("modes", row["modes_text"]),
         ("ranks", row["ranks_text"]),
         ("gauge", row.get("gauge")),
+        ("bits", row.get("bits")),
+        ("bytes", row.get("bytes") and units.count(row["bytes"])),
         ("group", row.get("group")),
         ("relative error", units.number(row["rel_error"])),
         ("metric error", units.number(row["metric_error"])),

@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from qll.convert import Plan
 from qll.load import Source
+from qll.model import LlamaTNConfig, packed_numbers
 
 
 def model_section(source: Source) -> dict[str, Any]:
@@ -42,17 +43,20 @@ def compression_section(
     """How small the saved folder is; the ratios compare it with the dense model at one dtype.
 
     keep: numbers stored for the block linears / those of the dense ones, counted in the files
-    (pivot indices included). params_ratio and bytes_ratio: the same for the whole model. `made` is
-    the manifest of the folder: what became of each matrix, and what was trained.
+    (pivot indices included). params_ratio and bytes_ratio: the same for the whole model.
+    block_bits_per_weight: 8 x bytes stored for the block linears / numbers of the dense ones. Of
+    packed numbers, scales count as bytes and not as parameters. `made` is the manifest of the
+    folder: what became of each matrix, and what was trained.
     """
     saved = saved_sizes(model)
     params = sum(count for count, _ in saved.values())
     size = sum(bytes for _, bytes in saved.values())
     dense_params = sum(prod(spec.shape) for spec in source.specs().values())
     dense_size = dense_params * getattr(torch, dtype).itemsize
-    linears = sum(count for name, (count, _) in saved.items() if is_block_linear(name))
+    linears = [sizes for name, sizes in saved.items() if is_block_linear(name)]
     return {
-        "keep": linears / block_params(source),
+        "keep": sum(count for count, _ in linears) / block_params(source),
+        "block_bits_per_weight": 8 * sum(size for _, size in linears) / block_params(source),
         "keep_requested": plan.keep,
         "metric": plan.metric,
         "params_ratio": params / dense_params,
@@ -66,14 +70,18 @@ def compression_section(
 
 
 def saved_sizes(model: Path) -> dict[str, tuple[int, int]]:
-    """(numbers, bytes) of every tensor in the safetensors files of a folder."""
-    sizes = {}
+    """(numbers, bytes) of every tensor in the safetensors files of a folder.
+
+    Packed bytes are counted as the numbers they stand for, their scales as none.
+    """
+    sizes, packed = {}, packed_numbers(LlamaTNConfig.from_pretrained(model))
     for path in sorted(model.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
                 view = file.get_slice(name)
                 count = prod(view.get_shape())
-                sizes[name] = (count, count * _ITEMSIZE[view.get_dtype()])
+                size = count * _ITEMSIZE[view.get_dtype()]
+                sizes[name] = (packed.get(name, count), size)
     return sizes
 
 

@@ -103,6 +103,23 @@ def test_every_format_runs_to_the_end(format, tiny_checkpoint, tmp_path):
     assert "dense" not in used
 
 
+@pytest.mark.parametrize("format", ["auto", "mpo"])
+def test_bits_are_counted_verified_and_exported(format, tiny_checkpoint, tmp_path, capsys):
+    out = tmp_path / "out"
+    flags = ("--format", format, "--keep", "0.8", "--bits", "4", "--norms", "fold")
+    assert main(["--llama_dir", str(tiny_checkpoint), "--out", str(out), *flags, *QUICK]) == 0
+    compression = json.loads((out / "report.json").read_text())["compression"]
+    assert 0.7 < compression["keep"] <= 0.8
+    # 4 bits and a scale of 16 for 32 or fewer of them, pivots of 32
+    assert 4.5 * 0.7 < compression["block_bits_per_weight"] < 8 * 0.8
+    assert compression["bytes_ratio"] < compression["params_ratio"]
+    assert main(["verify", "--model", str(out / "model")]) == 0
+    plain = ["export", "--model", str(out / "model"), "--out", str(tmp_path / "plain")]
+    assert main(plain) == 0
+    assert main(["--llama_dir", str(tiny_checkpoint), "--out", str(out), *flags, *QUICK]) == 0
+    assert "complete" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("format", ["auto", "lowrank", "mpo"])
 def test_keep_one_reproduces_the_dense_logits(format, tiny_checkpoint, tmp_path):
     import torch
