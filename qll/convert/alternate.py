@@ -71,6 +71,9 @@ def round_network(
     loss = float("inf")
     while len(losses) < SWEEPS:
         for k in reversed(range(len(cores))):
+            if cores[k].numel() == 0:  # an interpolative core at full rank
+                rounded[k] = round_nearest(as_rows(cores[k], packing.group), packing)
+                continue
             pair = problem.pair(cores, k)
             rows = as_rows(problem.refit(cores, k, pair), packing.group)
             tried = [round_in_metric(rows, packing, *pair)]

@@ -31,12 +31,11 @@ from qll.convert.units import tensor_path
 from qll.convert.weights import metrics_of, read_weights
 from qll.convert.write import significant
 from qll.load import Source
-from qll.tn import build
+from qll.tn import build, tensor_shapes
 from qll.tn.packed import Packing, pack
 from qll.tn.rounding import Rounded
 
 JOURNAL = "packed.jsonl"
-
 Tensors = dict[str, Shaped[Tensor, "..."]]
 
 
@@ -45,10 +44,9 @@ def packings_of(plan: Plan, options: ConvertOptions) -> dict[str, Packing]:
     if not options.bits:
         return {}
     paths = []
-    for entry in plan.entries:
-        if entry.unit.block is not None:
-            members = entry.unit.members
-            paths += members if entry.spec is None else [tensor_path(members)]
+    for entry in (entry for entry in plan.entries if entry.unit.block is not None):
+        members = entry.unit.members
+        paths += members if entry.spec is None else [tensor_path(members)]
     return dict.fromkeys(paths, Packing(options.bits, options.bits_group))
 
 
@@ -68,9 +66,9 @@ def quantise_units(
     """
     if not options.bits:
         return [dict(record) for record in records]
-    packing = Packing(options.bits, options.bits_group)
     done = {line["unit"]: line for line in store.read_lines(work / JOURNAL)}
     changed: dict[str, dict[str, Any]] = {}
+    packing = Packing(options.bits, options.bits_group)
     entries = [entry for entry in plan.entries if entry.unit.block is not None]
     bar = tqdm(entries, f"{options.bits} bits", unit="unit", file=sys.stderr, disable=None)
     for entry in bar:
@@ -103,11 +101,12 @@ def quantise_tensors(
             members.append(found.matrix)
         return packed, members
     path = tensor_path(entry.unit.members)
-    cores = [tensor for name, tensor in _of_kind(tensors, f"{path}.cores.")]
-    indices = _of_kind(tensors, f"{path}.indices.")
-    network = build(entry.spec, cores, tuple(tensor for _, tensor in indices))
+    shapes = tensor_shapes(entry.spec)
+    cores = [tensors[f"{path}.cores.{k}"] for k in range(len(shapes.cores))]
+    names = [f"{path}.indices.{k}" for k in range(len(shapes.indices))]
+    network = build(entry.spec, cores, [tensors[name] for name in names])
     found = round_network(network, packing, metrics)
-    packed = dict(indices)
+    packed = {name: tensors[name] for name in names}
     for k, rounded in enumerate(found.rounded):
         packed |= _named(f"{path}.cores.{k}", rounded, packing)
     return packed, dense_members(found.network)
@@ -127,20 +126,12 @@ def _pack_unit(
     packed, matrices = quantise_tensors(entry, tensors, metrics, packing)
     store.write_tensors(path, packed)
     size = sum(tensor.nbytes for tensor in packed.values())
-    weights = read_weights(source, members, options)
     found = []
-    for k, (out, into) in enumerate(entry.unit.shapes):
-        plain, weighted = relative_errors(weights[k], matrices[k], metrics[k])
-        share = out * into / entry.unit.dense_params
-        found.append(
-            {
-                "name": members[k],
-                "rel_error": significant(plain),
-                "metric_error": significant(weighted),
-                "bits": options.bits,
-                "bytes": round(size * share),
-            }
-        )
+    for k, weight in enumerate(read_weights(source, members, options)):
+        errors = [significant(e) for e in relative_errors(weight, matrices[k], metrics[k])]
+        share = weight.numel() / entry.unit.dense_params
+        facts = {"name": members[k], "rel_error": errors[0], "metric_error": errors[1]}
+        found.append(facts | {"bits": packing.bits, "bytes": round(size * share)})
     return {"unit": entry.unit.name, "sha256": store.sha256(path), "matrices": found}
 
 
@@ -155,12 +146,6 @@ def _is_done(line: Mapping[str, Any], made_from: str, packing: Packing, path: Pa
     if same != (made_from, packing.bits, packing.group) or not path.is_file():
         return False
     return store.sha256(path) == line["sha256"]
-
-
-def _of_kind(tensors: Tensors, prefix: str) -> list[tuple[str, Tensor]]:
-    """(name, tensor) of those at `prefix`<number>, by number."""
-    found = [(name, tensor) for name, tensor in tensors.items() if name.startswith(prefix)]
-    return sorted(found, key=lambda item: int(item[0].removeprefix(prefix)))
 
 
 def _named(name: str, rounded: Rounded, packing: Packing) -> Tensors:

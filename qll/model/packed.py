@@ -43,8 +43,8 @@ class PackedTensor(nn.Module):
         super().__init__()
         self.shape, self.packing = tuple(shape), packing
         sizes = packing.shapes(self.shape)
-        codes = torch.zeros(sizes.packed, dtype=torch.uint8, device=device)
-        scales = torch.full(sizes.scales, torch.nan, dtype=dtype or SCALE_DTYPE, device=device)
+        codes = torch.zeros(sizes["packed"], dtype=torch.uint8, device=device)
+        scales = torch.full(sizes["scales"], torch.nan, dtype=dtype or SCALE_DTYPE, device=device)
         self.register_buffer("packed", codes)
         self.register_buffer("scales", scales)
         self._memo: tuple[Any, Tensor] | None = None
@@ -109,8 +109,7 @@ def packed_shapes(name: str, shape: tuple[int, ...], packing: Packing) -> dict[s
     >>> packed_shapes("lm_head", (6, 40), Packing(4, 32))
     {'lm_head.packed': (120,), 'lm_head.scales': (6, 2)}
     """
-    sizes = packing.shapes(shape)
-    return {f"{name}.packed": sizes.packed, f"{name}.scales": sizes.scales}
+    return {f"{name}.{part}": size for part, size in packing.shapes(shape).items()}
 
 
 def require_finite(scales: Float[Tensor, "rows groups"], where: object) -> None:

@@ -8,7 +8,7 @@ bits the earlier of two in the low nibble.
 
 >>> packing = Packing(bits=4, group=32)
 >>> packing.shapes((6, 40)), packing.num_bytes((6, 40))
-(PackedShapes(packed=(120,), scales=(6, 2)), 144)
+({'packed': (120,), 'scales': (6, 2)}, 144)
 """
 
 from __future__ import annotations
@@ -25,16 +25,6 @@ from qll.errors import ConfigError
 
 BITS = (4, 8)
 SCALE_DTYPE = torch.bfloat16
-
-
-@dataclass(frozen=True)
-class PackedShapes:
-    """Shapes of the two tensors that one packed tensor is stored as."""
-
-    packed: tuple[int, ...]
-    """uint8: the codes of all groups, one after the other."""
-    scales: tuple[int, ...]
-    """bfloat16: [rows, groups in a row]."""
 
 
 @dataclass(frozen=True)
@@ -59,16 +49,16 @@ class Packing:
         half = 1 << (self.bits - 1)
         return -half, half - 1
 
-    def shapes(self, shape: tuple[int, ...]) -> PackedShapes:
-        """What a tensor of `shape` is stored as."""
+    def shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """What a tensor of `shape` is stored as: uint8 codes, scales [rows, groups in a row]."""
         rows, length = _rows_and_length(shape, self.group)
         size = -(-rows * length * self.bits // 8)
-        return PackedShapes((size,), (rows, -(-length // self.group)))
+        return {"packed": (size,), "scales": (rows, -(-length // self.group))}
 
     def num_bytes(self, shape: tuple[int, ...]) -> int:
         """Bytes of a tensor of `shape`, scales included."""
         shapes = self.shapes(shape)
-        return shapes.packed[0] + math.prod(shapes.scales) * SCALE_DTYPE.itemsize
+        return shapes["packed"][0] + math.prod(shapes["scales"]) * SCALE_DTYPE.itemsize
 
     def to_json(self) -> dict[str, int]:
         """A JSON object; `from_json` is its inverse."""

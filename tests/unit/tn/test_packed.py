@@ -21,8 +21,8 @@ def test_shapes_and_bytes_are_the_closed_form(shape, bits):
     tensor = torch.randn(shape, dtype=torch.float64)
     rounded = round_nearest(as_rows(tensor, 32), packing)
     codes, sizes = pack(rounded.codes, bits), packing.shapes(shape)
-    assert (tuple(codes.shape), codes.dtype) == (sizes.packed, torch.uint8)
-    assert (tuple(rounded.scales.shape), rounded.scales.dtype) == (sizes.scales, torch.bfloat16)
+    assert (tuple(codes.shape), codes.dtype) == (sizes["packed"], torch.uint8)
+    assert (tuple(rounded.scales.shape), rounded.scales.dtype) == (sizes["scales"], torch.bfloat16)
     assert codes.nbytes + rounded.scales.nbytes == packing.num_bytes(shape)
     length = shape[group_axis(shape, 32)]
     groups = tensor.numel() // length * -(-length // 32)
