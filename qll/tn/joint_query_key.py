@@ -8,15 +8,15 @@ respect rotary pairs and grouped queries.)
 
 members (query, key), modes {"heads": (query heads, key-value heads), "d_head": (d_head,)}, ranks
 (pairs kept per head,). Stored, whatever the gauge: cores Q' [heads 2 p, d_model], K' [kv_heads 2 p,
-d_model], per head first the p first channels of the pairs, then the p second ones; indices kept
-[kv_heads, p]. In the model the dropped channels are zero, so attention itself is unchanged.
+d_model], per head first the p first channels of the pairs, then the p second ones; indices kept [p]
+for every key-value head. In the model the dropped channels are zero, so attention is unchanged.
 
 >>> spec = NetworkSpec("joint_query_key", (8, 3), (1,), {"heads": (1, 1), "d_head": (4,)},
 ...                    members=((4, 3), (4, 3)))
 >>> matrix = torch.tensor([1.0, 5.0, 1.0, 5.0])[:, None].expand(4, 3)
 >>> network = JointQueryKey.decompose([matrix, matrix], spec)
 >>> network.indices[0].tolist(), network.to_matrix(1)[:, 0].tolist(), network.num_params
-([[1]], [0.0, 5.0, 0.0, 5.0], 13)
+([1], [0.0, 5.0, 0.0, 5.0], 13)
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class JointQueryKey:
         heads, kv_heads, _ = heads_of(spec)
         (kept,), model = spec.ranks, spec.shape[1]
         cores = ((heads * 2 * kept, model), (kv_heads * 2 * kept, model))
-        return TensorShapes(cores, ((kv_heads, kept),))
+        return TensorShapes(cores, ((kept,),) * kv_heads)
 
     @classmethod
     def max_ranks(cls, spec: NetworkSpec) -> tuple[int, ...]:
@@ -110,7 +110,7 @@ class JointQueryKey:
         kept: Int[Tensor, "kv_heads pairs"],
     ) -> JointQueryKey:
         """The rows of `matrices` at the pairs `kept` of each key-value head."""
-        network = cls(spec.with_ranks((kept.shape[1],)), (), (kept,))
+        network = cls(spec.with_ranks((kept.shape[1],)), (), tuple(kept.contiguous()))
         cores = (matrix[network._places(member)] for member, matrix in enumerate(matrices))
         return replace(network, cores=tuple(cores))
 
@@ -174,7 +174,8 @@ class JointQueryKey:
         """Where the rows of a core are in the dense matrix."""
         heads, kv_heads, d_head = heads_of(self.spec)
         count = (heads, kv_heads)[member]
-        pairs = self.indices[0].long().repeat_interleave(count // kv_heads, 0)  # [count, kept]
+        kept = torch.stack(self.indices).long()
+        pairs = kept.repeat_interleave(count // kv_heads, 0)  # [count, kept]
         starts = torch.arange(count, device=pairs.device)[:, None] * d_head
         return torch.cat([starts + pairs, starts + pairs + d_head // 2], 1).flatten()
 

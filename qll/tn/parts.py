@@ -66,7 +66,9 @@ def unpack(
 def pack(parts: Sequence[Part]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """(cores, indices) of the parts, in the order of `shapes`."""
     cores = [core for part in parts for core in (part.cores if _low(part) else (part,))]
-    return tuple(cores), tuple(i for part in parts if _low(part) for i in part.indices)
+    return tuple(core.contiguous() for core in cores), tuple(
+        i for part in parts if _low(part) for i in part.indices
+    )
 
 
 def truncated(matrix: Float[Tensor, "out into"], spec: NetworkSpec) -> Part:
