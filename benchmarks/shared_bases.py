@@ -26,11 +26,11 @@ from torch import Tensor
 
 from qll.calibrate import MomentStore
 from qll.config import ConvertOptions
-from qll.convert.candidates import RANK_STEP, Candidate, dense, ladder
+from qll.convert.candidates import HALF, RANK_STEP, Candidate, dense, ladder
 from qll.convert.fit import spectra
 from qll.convert.inner import INNER, inner_ladder
 from qll.convert.metric import Metric, factor
-from qll.convert.planner import GROUPS_OF, HALF
+from qll.convert.planner import GROUPS_OF
 from qll.convert.units import Unit, group_unit, linear_shapes, template
 from qll.convert.weights import metrics_of, read_weights
 from qll.load import Source, open_source
@@ -77,7 +77,7 @@ def groups(source: Source, here: Block, block: int) -> Iterator[tuple[str, dict]
             weights, metrics = zip(*pairs, strict=True)
             spec = template(unit, format, "interpolative", 3, source.config)
             if format in INNER:
-                items = inner_ladder(unit, spec, weights, metrics, [HALF] * len(pairs))
+                items = inner_ladder(unit, spec, weights, metrics)
             else:
                 values = spectra(weights, spec, metrics)
                 items = scaled(ladder(unit, spec, values), HALF)

@@ -16,6 +16,7 @@ from qll.convert.candidates import RANK_STEP, STEPS, Candidate, format_of
 from qll.convert.inner_channels import channel_options, fit_channels
 from qll.convert.inner_heads import fit_value_output, value_output_options
 from qll.convert.inner_pairs import fit_query_key, query_key_options
+from qll.convert.inner_parts import member_scales
 from qll.convert.metric import Metric
 from qll.convert.units import Unit
 from qll.tn import JointChannels, JointQueryKey, JointValueOutput, tensor_shapes
@@ -29,14 +30,14 @@ def inner_ladder(
     spec: NetworkSpec,
     weights: Sequence[Float[Tensor, "_ _"]],
     metrics: Sequence[Metric],
-    scales: Sequence[float],
     step: int = RANK_STEP,
 ) -> list[Candidate]:
     """Candidates of an inner format, each with less loss than all smaller ones.
 
-    `scales` turn each member's squared error in its metric into loss.
+    Losses are in nats per token in the K-FAC metric, else relative to the member that loses.
     """
     exact = [weight.to(torch.float64) for weight in weights]
+    scales = member_scales(exact, metrics)
     options = {
         "joint_channels": channel_options,
         "joint_value_output": value_output_options,

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
-from qll.convert.inner_parts import Options
+from qll.convert.inner_parts import Options, member_scales
 from qll.convert.metric import Metric
 from qll.tn import JointQueryKey
 from qll.tn.joint_query_key import pair_rows
@@ -23,7 +23,7 @@ def fit_query_key(
     weights: Sequence[Tensor], spec: NetworkSpec, metrics: Sequence[Metric]
 ) -> JointQueryKey:
     """The rows of the rotary pairs that are dearest to lose."""
-    order, _ = _pair_order(spec, weights, metrics, (1.0, 1.0))
+    order, _ = _pair_order(spec, weights, metrics, member_scales(weights, metrics))
     return JointQueryKey.of_pairs(spec, weights, order[: spec.ranks[0]].sort(0).values.mT)
 
 

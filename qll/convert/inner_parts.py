@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from qll.convert.candidates import tail_energies
+from qll.convert.candidates import HALF, tail_energies
 from qll.convert.metric import Metric, factor
 from qll.tn import LowRank, parts, tensor_shapes
 from qll.tn.network import NetworkSpec
@@ -25,6 +25,14 @@ Menu = list[tuple[int, int, float]]
 
 Options = Iterator[tuple[tuple[int, ...], float]]
 """What a group could be: (ranks, loss)."""
+
+
+def member_scales(weights: Sequence[Tensor], metrics: Sequence[Metric]) -> list[float]:
+    """What turns each member's squared error into loss, comparable between matrices."""
+    return [
+        HALF if metric.kind == "kfac" else 1.0 / max(metric.norm_squared(weight), 1e-300)
+        for weight, metric in zip(weights, metrics, strict=True)
+    ]
 
 
 def fit_part(matrix: Tensor, spec: NetworkSpec, metric: Metric) -> parts.Part:

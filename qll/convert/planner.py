@@ -16,10 +16,9 @@ from transformers import LlamaConfig
 from qll.calibrate import MomentStore
 from qll.config import ConvertOptions
 from qll.convert.allocate import choose
-from qll.convert.candidates import RANK_STEP, Candidate, dense, exact, ladder
+from qll.convert.candidates import HALF, RANK_STEP, Candidate, dense, exact, ladder
 from qll.convert.fit import spectra
 from qll.convert.inner import INNER, inner_ladder
-from qll.convert.metric import Metric
 from qll.convert.plan import Plan, PlanEntry
 from qll.convert.units import Unit, embedding_unit, group_unit, head_unit, single_units, template
 from qll.convert.weights import metrics_of, read_weights
@@ -36,7 +35,6 @@ GROUPS_OF = {
 }
 # the joint formats that auto is offered, by --sharing
 SHARED = {"none": (), "bonds": ("joint_tree",), "inner": INNER, "all": ("joint_tree", *INNER)}
-HALF = 0.5  # a K-FAC error squared is twice the predicted loss (second-order Taylor term)
 
 
 def make_plan(source: Source, moments: MomentStore | None, options: ConvertOptions) -> Plan:
@@ -79,8 +77,7 @@ def block_candidates(
         chosen = [metrics[member] for member in unit.members]
         if format in INNER:
             own = [weights[member] for member in unit.members]
-            scales = [_member_scale(*pair, options) for pair in zip(own, chosen, strict=True)]
-            found += inner_ladder(unit, spec, own, chosen, scales, _rank_step(options))
+            found += inner_ladder(unit, spec, own, chosen, _rank_step(options))
             continue
         values = spectra([weights[member] for member in unit.members], spec, chosen)
         scale = _loss_scale(values, options)
@@ -150,13 +147,6 @@ def _loss_scale(values: Sequence[Tensor], options: ConvertOptions) -> float:
     if options.metric == "kfac":
         return HALF
     return 1.0 / max(float(values[0].square().sum()), 1e-300)
-
-
-def _member_scale(weight: Tensor, metric: Metric, options: ConvertOptions) -> float:
-    """The same for the squared error of one matrix of a group."""
-    if options.metric == "kfac":
-        return HALF
-    return 1.0 / max(metric.norm_squared(weight), 1e-300)
 
 
 def _vocabulary_entries(

@@ -12,6 +12,7 @@ from qll.calibrate import LinearMoments
 from qll.convert.candidates import format_of
 from qll.convert.fit import comparable_members, fit
 from qll.convert.inner import INNER, inner_ladder
+from qll.convert.inner_parts import member_scales
 from qll.convert.metric import metric_of
 from qll.convert.units import group_unit, template
 from qll.tn import tensor_shapes
@@ -20,7 +21,6 @@ CONFIG = LlamaConfig(
     hidden_size=32, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2
 )
 GROUP = dict(zip(INNER, ("gate_up_down", "value_output", "query_key"), strict=True))
-SCALES = (0.5, 0.5, 0.5)
 
 
 def moments(out: int, into: int, seed: int) -> LinearMoments:
@@ -42,8 +42,10 @@ def problem(format: str, kind: str = "kfac", gauge: str = "interpolative"):
 def reader_losses(format, weights, metrics, network):
     members = comparable_members(network, weights)
     errors = [
-        0.5 * metric.norm_squared(weight - member)
-        for weight, metric, member in zip(weights, metrics, members, strict=True)
+        scale * metric.norm_squared(weight - member)
+        for scale, weight, metric, member in zip(
+            member_scales(weights, metrics), weights, metrics, members, strict=True
+        )
     ]
     return sum(errors) / 2 if format == "joint_query_key" else errors[-1]
 
@@ -52,7 +54,7 @@ def reader_losses(format, weights, metrics, network):
 @pytest.mark.parametrize("format", INNER)
 def test_the_predicted_loss_is_that_of_the_fit(format, kind):
     unit, spec, weights, metrics = problem(format, kind)
-    ladder = inner_ladder(unit, spec, weights, metrics, SCALES)
+    ladder = inner_ladder(unit, spec, weights, metrics)
     assert len(ladder) >= 2
     for item in ladder:
         assert item.params == tensor_shapes(item.spec).num_params < unit.dense_params
@@ -67,7 +69,7 @@ def test_the_predicted_loss_is_that_of_the_fit(format, kind):
 @pytest.mark.parametrize("format", INNER)
 def test_ladders_grow_and_lose_less(format):
     unit, spec, weights, metrics = problem(format)
-    ladder = inner_ladder(unit, spec, weights, metrics, SCALES)
+    ladder = inner_ladder(unit, spec, weights, metrics)
     for smaller, larger in itertools.pairwise(ladder):
         assert smaller.params < larger.params
         assert smaller.loss > larger.loss
@@ -88,7 +90,7 @@ def test_low_rank_parts_lose_no_more_than_predicted_by_much():
     """The sum over the parts is first order: within a few percent of what down_proj itself loses
     when its part alone is low rank, where it is exact."""
     unit, spec, weights, metrics = problem("joint_channels")
-    ladder = inner_ladder(unit, spec, weights, metrics, SCALES)
+    ladder = inner_ladder(unit, spec, weights, metrics)
     mixed = [item for item in ladder if item.spec.ranks[1:] != (32, 32, 32)]
     for item in mixed[:3]:
         kept, *_, down = item.spec.ranks
