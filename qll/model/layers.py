@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from qll.tn import build, tensor_shapes
+from qll.tn import JointNetwork, build, tensor_shapes
 from qll.tn.network import MatrixNetwork, NetworkSpec
 
 # Pivots count rows of one matrix; half the bytes of torch's default.
@@ -47,7 +47,7 @@ class NetworkModule(nn.Module):
             self.indices.register_buffer(str(position), pivots.reshape(shape))
 
     @classmethod
-    def from_network(cls, network: MatrixNetwork) -> NetworkModule:
+    def from_network(cls, network: MatrixNetwork | JointNetwork) -> NetworkModule:
         """The module that computes with `network`; cores become trainable parameters."""
         module = cls(network.spec, device="meta")
         tensors = {f"cores.{i}": core.detach() for i, core in enumerate(network.cores)}
@@ -57,7 +57,7 @@ class NetworkModule(nn.Module):
         module.load_state_dict(tensors, strict=True, assign=True)
         return module
 
-    def network(self) -> MatrixNetwork:
+    def network(self) -> MatrixNetwork | JointNetwork:
         """The network on the module's own tensors (no copies): gradients reach the cores."""
         return build(self.spec, tuple(self.cores), tuple(self.indices.buffers()))
 

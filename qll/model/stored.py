@@ -19,7 +19,7 @@ from qll.errors import IntegrityError
 from qll.model.files import read_weight_map
 from qll.model.llama_tn import LlamaTNConfig
 from qll.model.swap import stored_shapes
-from qll.tn import build
+from qll.tn import JointNetwork, build
 from qll.tn.network import MatrixNetwork, NetworkSpec
 
 
@@ -69,7 +69,7 @@ class StoredModel:
             )
         return tensor
 
-    def network(self, path: str) -> MatrixNetwork:
+    def network(self, path: str) -> MatrixNetwork | JointNetwork:
         """The network that `path` is (a member of), its cores in float32."""
         members, spec = self.entries[path]
         named = stored_shapes(members, spec)

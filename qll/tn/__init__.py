@@ -52,6 +52,7 @@ __all__ = [
     "NETWORKS",
     "SVD",
     "JointChannels",
+    "JointNetwork",
     "JointQueryKey",
     "JointTree",
     "JointTucker",
