@@ -16,7 +16,18 @@ from qll.errors import UsageError
 Device = Literal["auto", "cuda", "mps", "cpu"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Format = Literal[
-    "auto", "dense", "lowrank", "mpo", "tucker", "tree", "kron", "joint_tree", "joint_tucker"
+    "auto",
+    "dense",
+    "lowrank",
+    "mpo",
+    "tucker",
+    "tree",
+    "kron",
+    "joint_tree",
+    "joint_tucker",
+    "joint_channels",
+    "joint_value_output",
+    "joint_query_key",
 ]
 
 
@@ -27,7 +38,10 @@ class ConvertOptions:
     keep: float = 0.8
     """Share of the block linears' parameters to keep, in (0, 1]."""
     format: Format = "auto"
-    """Tensor network of every block linear; auto chooses among dense, lowrank and joint_tree."""
+    """Tensor network of every block linear; auto chooses among dense, lowrank and --sharing."""
+    sharing: Literal["none", "bonds", "inner", "all"] = "all"
+    """Formats of several matrices offered by auto: joint_tree (bonds), fewer channels between them
+    (inner: joint_channels, joint_value_output, joint_query_key), both, or neither."""
     metric: Literal["kfac", "activation", "plain"] = "kfac"
     """Norm in which weights are truncated: K-FAC (inputs and output gradients), inputs, or none."""
     allocation: Literal["global", "uniform"] = "global"

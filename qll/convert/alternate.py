@@ -21,7 +21,7 @@ from torch import Tensor
 
 from qll.convert.fit import dense_members
 from qll.convert.metric import Metric, factor
-from qll.tn import build
+from qll.tn import JointNetwork, build
 from qll.tn.network import MatrixNetwork
 from qll.tn.packed import Packing, as_rows, from_rows, group_axis
 from qll.tn.rounding import Rounded, round_in_metric, round_nearest
@@ -42,13 +42,13 @@ class RoundedNetwork:
     """The codes of every core, the network they stand for, and what they cost."""
 
     rounded: tuple[Rounded, ...]
-    network: MatrixNetwork
+    network: MatrixNetwork | JointNetwork
     losses: tuple[float, ...]
     """Squared metric error after each sweep, relative to the network's own norm; never rising."""
 
 
 def round_network(
-    network: MatrixNetwork, packing: Packing, metrics: Sequence[Metric]
+    network: MatrixNetwork | JointNetwork, packing: Packing, metrics: Sequence[Metric]
 ) -> RoundedNetwork:
     """`network` with every core on the grid of `packing`, near in the metrics (one per member).
 
@@ -123,7 +123,9 @@ def round_matrix(
 class Problem:
     """The error of a network's cores against the network itself, in the metrics of its members."""
 
-    def __init__(self, network: MatrixNetwork, metrics: Sequence[Metric], packing: Packing) -> None:
+    def __init__(
+        self, network: MatrixNetwork | JointNetwork, metrics: Sequence[Metric], packing: Packing
+    ) -> None:
         self.spec, self.indices, self.metrics = network.spec, network.indices, metrics
         self.group = packing.group
         cores = [core.detach().to("cpu", torch.float64) for core in network.cores]
@@ -131,7 +133,7 @@ class Problem:
             self.wanted = self.matrices(cores)
         self.norm = max(self._squared(self.wanted), 1e-300)
 
-    def network(self, cores: Sequence[Tensor]) -> MatrixNetwork:
+    def network(self, cores: Sequence[Tensor]) -> MatrixNetwork | JointNetwork:
         """The network around these cores."""
         return build(self.spec, tuple(cores), self.indices)
 

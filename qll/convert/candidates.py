@@ -20,6 +20,7 @@ from qll.tn import JOINTS, NETWORKS, tensor_shapes
 from qll.tn.network import NetworkSpec
 
 RANK_STEP = 8
+HALF = 0.5  # a K-FAC error squared is twice the predicted loss (second-order Taylor term)
 # candidates per unit of a format with thresholds
 STEPS = 96
 

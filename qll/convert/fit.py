@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qll.convert.candidates import format_of
+from qll.convert.inner import INNER, fit_inner
 from qll.convert.metric import Factor, Metric, factor, leg_moments
 from qll.errors import ConvergenceError
 from qll.tn import build
@@ -60,16 +61,11 @@ def fit(
     >>> fitted.rel_error[0] < 1e-6
     True
     """
-    seen = whiten(weights, spec, metrics)
-    kind = format_of(spec)
-    network = kind.decompose(_argument(seen.matrices, spec), seen.spec.with_gauge("none"))
-    discarded = _discarded(seen.matrices, network)
-    network = network.transform_legs(
-        [None if item is None else item.inverse_transposed for item in seen.out],
-        [None if item is None else item.inverse for item in seen.into],
-    )
-    if spec.gauge == "interpolative":
-        network = network.interpolate()
+    if spec.format in INNER:
+        network = fit_inner([weight.to(torch.float64) for weight in weights], spec, metrics)
+        discarded = _discarded_inside(weights, network, metrics)
+    else:
+        network, discarded = _fit_whitened(weights, spec, metrics)
     cores = tuple(core.to(dtype) for core in network.cores)
     if not all(torch.isfinite(core).all() for core in cores):
         raise ConvergenceError(
@@ -80,9 +76,26 @@ def fit(
     network = build(replace(network.spec, shape=spec.shape), cores, network.indices)
     errors = [
         relative_errors(weight, matrix, metric)
-        for weight, matrix, metric in zip(weights, dense_members(network), metrics, strict=True)
+        for weight, matrix, metric in zip(
+            weights, comparable_members(network, weights), metrics, strict=True
+        )
     ]
     return Fitted(network, [e[0] for e in errors], [e[1] for e in errors], discarded)
+
+
+def _fit_whitened(
+    weights: Weights, spec: NetworkSpec, metrics: Sequence[Metric]
+) -> tuple[object, float]:
+    """Decompose in the metric and go back; the network and the weight it discards there."""
+    seen = whiten(weights, spec, metrics)
+    kind = format_of(spec)
+    network = kind.decompose(_argument(seen.matrices, spec), seen.spec.with_gauge("none"))
+    discarded = _discarded(seen.matrices, network)
+    network = network.transform_legs(
+        [None if item is None else item.inverse_transposed for item in seen.out],
+        [None if item is None else item.inverse for item in seen.into],
+    )
+    return (network.interpolate() if spec.gauge == "interpolative" else network), discarded
 
 
 def whiten(weights: Weights, spec: NetworkSpec, metrics: Sequence[Metric]) -> Whitened:
@@ -128,6 +141,13 @@ def dense_members(network) -> list[Float[Tensor, "_ _"]]:
     if members:
         return [network.to_matrix(k) for k in range(len(members))]
     return [network.to_matrix()]
+
+
+def comparable_members(network, weights: Weights) -> list[Float[Tensor, "_ _"]]:
+    """`dense_members`, in the basis of `weights` where the network is free to choose another."""
+    if network.spec.format == "joint_value_output":
+        return network.aligned(weights[0])
+    return dense_members(network)
 
 
 def _argument(matrices: list[Tensor], spec: NetworkSpec) -> Tensor | list[Tensor]:
@@ -176,6 +196,18 @@ def _apply(out: list[Factor | None], matrix: Tensor, into: list[Factor | None]) 
 
 def _dims(items: list[Factor | None], total: int) -> list[int]:
     return [total if item is None else len(item.root) for item in (items if items[0] else [None])]
+
+
+def _discarded_inside(weights: Weights, network, metrics: Sequence[Metric]) -> float:
+    """What is lost in the metric of the members that read the inner channels: the last one, or
+    both query and key."""
+    readers = slice(0 if network.spec.format == "joint_query_key" else -1, None)
+    triples = zip(weights, comparable_members(network, weights), metrics, strict=True)
+    sums = [
+        (metric.norm_squared(weight - matrix), metric.norm_squared(weight.to(torch.float64)))
+        for weight, matrix, metric in list(triples)[readers]
+    ]
+    return sum(lost for lost, _ in sums) / max(sum(total for _, total in sums), 1e-300)
 
 
 def _discarded(matrices: list[Tensor], network) -> float:

@@ -16,8 +16,9 @@ from transformers import LlamaConfig
 from qll.calibrate import MomentStore
 from qll.config import ConvertOptions
 from qll.convert.allocate import choose
-from qll.convert.candidates import RANK_STEP, Candidate, dense, exact, ladder
+from qll.convert.candidates import HALF, RANK_STEP, Candidate, dense, exact, ladder
 from qll.convert.fit import spectra
+from qll.convert.inner import INNER, inner_ladder
 from qll.convert.plan import Plan, PlanEntry
 from qll.convert.units import Unit, embedding_unit, group_unit, head_unit, single_units, template
 from qll.convert.weights import metrics_of, read_weights
@@ -26,13 +27,14 @@ from qll.load import Source
 
 # which formats a unit of each kind is offered, by --format
 GROUPS_OF = {
-    "auto": ("qkv", "gate_up"),
     "joint_tree": ("qkv", "gate_up"),
     "joint_tucker": ("qkvo",),
+    "joint_channels": ("gate_up_down",),
+    "joint_value_output": ("value_output",),
+    "joint_query_key": ("query_key",),
 }
-# what a joint format does with the matrices it does not cover
-SINGLE_OF = {"auto": "lowrank", "joint_tree": "lowrank", "joint_tucker": "lowrank"}
-HALF = 0.5  # a K-FAC error squared is twice the predicted loss (second-order Taylor term)
+# the joint formats that auto is offered, by --sharing
+SHARED = {"none": (), "bonds": ("joint_tree",), "inner": INNER, "all": ("joint_tree", *INNER)}
 
 
 def make_plan(source: Source, moments: MomentStore | None, options: ConvertOptions) -> Plan:
@@ -73,6 +75,10 @@ def block_candidates(
             found.append(exact(unit, spec))
             continue
         chosen = [metrics[member] for member in unit.members]
+        if format in INNER:
+            own = [weights[member] for member in unit.members]
+            found += inner_ladder(unit, spec, own, chosen, _rank_step(options))
+            continue
         values = spectra([weights[member] for member in unit.members], spec, chosen)
         scale = _loss_scale(values, options)
         found += [
@@ -86,16 +92,21 @@ def _offers(config: LlamaConfig, options: ConvertOptions, block: int) -> Iterato
     """(unit, format) pairs offered under --format."""
     # equal shares leave nothing to choose: auto is then one low-rank network per matrix
     format = "lowrank" if _is_uniform_auto(options) else options.format
-    groups = [group_unit(config, block, name) for name in GROUPS_OF.get(format, ())]
-    covered = {member for unit in groups for member in unit.members}
-    joint = "joint_tucker" if format == "joint_tucker" else "joint_tree"
-    yield from ((unit, joint) for unit in groups)
+    joints = SHARED[options.sharing] if format == "auto" else (format,)
+    groups = [
+        (group_unit(config, block, name), joint)
+        for joint in joints
+        for name in GROUPS_OF.get(joint, ())
+    ]
+    yield from groups
+    covered = {member for unit, _ in groups for member in unit.members}
     for unit in single_units(config, block):
         if format == "auto":
             yield unit, "dense"
             yield unit, "lowrank"
         elif unit.members[0] not in covered:
-            yield unit, SINGLE_OF.get(format, format)
+            # the matrices that a joint format leaves over
+            yield unit, "lowrank" if groups else format
 
 
 def _is_uniform_auto(options: ConvertOptions) -> bool:

@@ -23,7 +23,7 @@ from qll import store
 from qll.calibrate import MomentStore
 from qll.config import ConvertOptions
 from qll.convert.alternate import round_matrix, round_network
-from qll.convert.fit import dense_members, relative_errors
+from qll.convert.fit import comparable_members, relative_errors
 from qll.convert.metric import Metric
 from qll.convert.plan import Plan, PlanEntry
 from qll.convert.stored import unit_path, unit_tensors
@@ -90,9 +90,15 @@ def quantise_units(
 
 
 def quantise_tensors(
-    entry: PlanEntry, tensors: Tensors, metrics: Sequence[Metric], packing: Packing
+    entry: PlanEntry,
+    tensors: Tensors,
+    weights: Sequence[Shaped[Tensor, "_ _"]],
+    metrics: Sequence[Metric],
+    packing: Packing,
 ) -> tuple[Tensors, list[Shaped[Tensor, "_ _"]]]:
-    """(packed tensors of `entry`, the dense members that they stand for) from its float tensors."""
+    """Packed tensors of `entry` from its float ones, and the dense members that they stand for,
+    comparable with the dense `weights`.
+    """
     if entry.spec is None:
         packed, members = {}, []
         for member, metric in zip(entry.unit.members, metrics, strict=True):
@@ -109,7 +115,7 @@ def quantise_tensors(
     packed = {name: tensors[name] for name in names}
     for k, rounded in enumerate(found.rounded):
         packed |= _named(f"{path}.cores.{k}", rounded, packing)
-    return packed, dense_members(found.network)
+    return packed, comparable_members(found.network, weights)
 
 
 def _pack_unit(
@@ -123,11 +129,12 @@ def _pack_unit(
     """Write the packed file of one unit; returns its journal line but for what it was made from."""
     members, packing = entry.unit.members, Packing(options.bits, options.bits_group)
     metrics = metrics_of(source, moments, members, options)
-    packed, matrices = quantise_tensors(entry, tensors, metrics, packing)
+    weights = read_weights(source, members, options)
+    packed, matrices = quantise_tensors(entry, tensors, weights, metrics, packing)
     store.write_tensors(path, packed)
     size = sum(tensor.nbytes for tensor in packed.values())
     found = []
-    for k, weight in enumerate(read_weights(source, members, options)):
+    for k, weight in enumerate(weights):
         errors = [significant(e) for e in relative_errors(weight, matrices[k], metrics[k])]
         share = weight.numel() / entry.unit.dense_params
         facts = {"name": members[k], "rel_error": errors[0], "metric_error": errors[1]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from qll.calibrate import MomentStore
 from qll.config import ConvertOptions
 from qll.convert.assemble import block_tensors
-from qll.convert.fit import dense_members, relative_errors
+from qll.convert.fit import comparable_members, relative_errors
 from qll.convert.plan import Plan, PlanEntry
 from qll.convert.units import tensor_path
 from qll.convert.weights import metrics_of, read_weights
@@ -40,7 +41,7 @@ def measured_again(
             members = entry.unit.members
             weights = read_weights(source, members, options)
             metrics = metrics_of(source, moments, members, options)
-            matrices = stored_matrices(entry, tensors)
+            matrices = stored_matrices(entry, tensors, weights)
             for item in zip(members, weights, matrices, metrics, strict=True):
                 plain, weighted = relative_errors(*item[1:])
                 found[item[0]] = (significant(plain), significant(weighted))
@@ -53,8 +54,10 @@ def measured_again(
     ]
 
 
-def stored_matrices(entry: PlanEntry, tensors: dict[str, Tensor]) -> list[Float[Tensor, "_ _"]]:
-    """The matrix each member of `entry` stands for, from the tensors of its block."""
+def stored_matrices(
+    entry: PlanEntry, tensors: dict[str, Tensor], weights: Sequence[Float[Tensor, "_ _"]]
+) -> list[Float[Tensor, "_ _"]]:
+    """The matrix each member of `entry` stands for, comparable with its dense `weights`."""
     members = entry.unit.members
     if entry.spec is None:
         return [tensors[f"{member}.weight"] for member in members]
@@ -64,4 +67,4 @@ def stored_matrices(entry: PlanEntry, tensors: dict[str, Tensor]) -> list[Float[
         while (name := f"{path}.{kind}.{len(values)}") in tensors:
             values.append(tensors[name])
     network = build(entry.spec, tuple(parts["cores"]), tuple(parts["indices"]))
-    return dense_members(network)
+    return comparable_members(network, weights)

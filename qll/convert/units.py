@@ -20,7 +20,10 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 GROUPS = {
     "qkv": ("self_attn", ("q_proj", "k_proj", "v_proj")),
     "qkvo": ("self_attn", ATTENTION),
+    "query_key": ("self_attn", ("q_proj", "k_proj")),
+    "value_output": ("self_attn", ("v_proj", "o_proj")),
     "gate_up": ("mlp", ("gate_proj", "up_proj")),
+    "gate_up_down": ("mlp", MLP),
 }
 EMBEDDING = "model.embed_tokens"
 HEAD = "lm_head"
@@ -79,7 +82,7 @@ def single_units(config: LlamaConfig, block: int) -> list[Unit]:
 
 
 def group_unit(config: LlamaConfig, block: int, group: str) -> Unit:
-    """The unit of a named group ("qkv", "qkvo", "gate_up") in a block."""
+    """The unit of a group, by its name in `GROUPS`, in a block."""
     parent, names = GROUPS[group]
     shapes = linear_shapes(config)
     return Unit(
@@ -120,8 +123,12 @@ def template(unit: Unit, format: str, gauge: str, sites: int, config: LlamaConfi
     spec = NetworkSpec(format, (out, into), gauge=gauge)
     if format == "lowrank":
         return spec
-    if format == "joint_tree":
+    if format in ("joint_tree", "joint_channels"):
         return NetworkSpec(format, (out, into), gauge=gauge, members=unit.shapes)
+    if format in ("joint_value_output", "joint_query_key"):
+        heads = (config.num_attention_heads, config.num_key_value_heads)
+        modes = {"heads": heads, "d_head": (config.head_dim,)}
+        return NetworkSpec(format, (out, into), modes=modes, gauge=gauge, members=unit.shapes)
     if format == "joint_tucker":
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         modes = {

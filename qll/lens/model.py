@@ -6,12 +6,13 @@ import sys
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from qll.lens.spectra import look
 from qll.load import Source
-from qll.model import fold_gain, gain_of
+from qll.model import TNMember, fold_gain, gain_of
 
 
 def model_look(source: Source, converted: PreTrainedModel) -> dict[str, Any]:
@@ -28,14 +29,28 @@ def model_look(source: Source, converted: PreTrainedModel) -> dict[str, Any]:
     ]
     entropies, spectra = [], []
     for name in tqdm(names, "lens", unit="matrix", file=sys.stderr, disable=None):
-        dense = source.read(f"{name}.weight").to(torch.float32)
-        gain = gain_of(name, source.config) if converted.config.qll_folded_norms else None
-        if gain is not None:
-            dense = fold_gain(dense, source.read(gain))
+        folded = converted.config.qll_folded_norms
+        dense = _dense_weight(source, name, folded)
         with torch.no_grad():
-            after = modules[name].weight.detach().to("cpu", torch.float32)
+            after = _converted_weight(source, modules[name], name, folded)
         # the same object for a matrix left dense: nothing is computed twice
         seen = look(name, dense, dense if torch.equal(dense, after) else after)
         entropies += seen.entropies
         spectra.append(seen.spectrum)
     return {"per_matrix": entropies, "activations": [], "spectra": spectra}
+
+
+def _dense_weight(source: Source, name: str, folded: bool) -> Tensor:
+    """The matrix of the checkpoint, with the norm gain where the conversion multiplied it in."""
+    dense = source.read(f"{name}.weight").to(torch.float32)
+    gain = gain_of(name, source.config) if folded else None
+    return dense if gain is None else fold_gain(dense, source.read(gain))
+
+
+def _converted_weight(source: Source, module: nn.Module, name: str, folded: bool) -> Tensor:
+    """The matrix a module stands for; a pair that is free to choose its basis is brought into
+    that of the dense one, or a spectrum would say nothing."""
+    if isinstance(module, TNMember) and module.group.spec.format == "joint_value_output":
+        value = _dense_weight(source, f"{name.rpartition('.')[0]}.v_proj", folded)
+        return module.group.network().aligned(value)[module.member].to(torch.float32)
+    return module.weight.detach().to("cpu", torch.float32)

@@ -26,7 +26,10 @@ from qll.tn.packed import Packing
 GROUP_NAMES = {
     ("q_proj", "k_proj", "v_proj"): "qkv",
     ("q_proj", "k_proj", "v_proj", "o_proj"): "qkvo",
+    ("q_proj", "k_proj"): "query_key",
+    ("v_proj", "o_proj"): "value_output",
     ("gate_proj", "up_proj"): "gate_up",
+    ("gate_proj", "up_proj", "down_proj"): "gate_up_down",
 }
 
 
@@ -102,13 +105,13 @@ class TNMember(nn.Module):
 
     @property
     def out_features(self) -> int:
-        """Rows of the matrix."""
-        return self.group.spec.members[self.member][0]
+        """Length of what `forward` returns: fewer than rows of `weight` for dropped channels."""
+        return self.group.network().applied_shape(self.member)[0]
 
     @property
     def in_features(self) -> int:
-        """Columns of the matrix."""
-        return self.group.spec.members[self.member][1]
+        """Length of what `forward` takes."""
+        return self.group.network().applied_shape(self.member)[1]
 
     @property
     def bias(self) -> None:
@@ -117,7 +120,7 @@ class TNMember(nn.Module):
 
     @property
     def weight(self) -> Float[Tensor, "out into"]:
-        """The matrix, rebuilt on every read."""
+        """The matrix as in a dense model, rebuilt on every read; zeros at dropped channels."""
         return self.group.network().to_matrix(self.member)
 
     def forward(self, x: Float[Tensor, "*batch into"]) -> Float[Tensor, "*batch out"]:

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from qll.model.packed import PackedTensor
-from qll.tn import build, tensor_shapes
+from qll.tn import JointNetwork, build, tensor_shapes
 from qll.tn.network import MatrixNetwork, NetworkSpec
 from qll.tn.packed import Packing
 
@@ -57,7 +57,7 @@ class NetworkModule(nn.Module):
             self.indices.register_buffer(str(position), pivots.reshape(shape))
 
     @classmethod
-    def from_network(cls, network: MatrixNetwork) -> NetworkModule:
+    def from_network(cls, network: MatrixNetwork | JointNetwork) -> NetworkModule:
         """The module that computes with `network`; cores become trainable parameters."""
         module = cls(network.spec, device="meta")
         tensors = {f"cores.{i}": core.detach() for i, core in enumerate(network.cores)}
@@ -67,7 +67,7 @@ class NetworkModule(nn.Module):
         module.load_state_dict(tensors, strict=True, assign=True)
         return module
 
-    def network(self) -> MatrixNetwork:
+    def network(self) -> MatrixNetwork | JointNetwork:
         """The network on the module's own tensors (no copies): gradients reach unpacked cores."""
         cores = tuple(c.values() if isinstance(c, PackedTensor) else c for c in self.cores)
         return build(self.spec, cores, tuple(self.indices.buffers()))

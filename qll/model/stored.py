@@ -21,7 +21,7 @@ from qll.model.files import read_weight_map
 from qll.model.llama_tn import LlamaTNConfig
 from qll.model.packed import packed_shapes, require_finite
 from qll.model.swap import entry_path
-from qll.tn import build, tensor_shapes
+from qll.tn import JointNetwork, build, tensor_shapes
 from qll.tn.network import MatrixNetwork, NetworkSpec
 from qll.tn.packed import Packing, dequantise
 
@@ -72,7 +72,7 @@ class StoredModel:
             )
         return tensor
 
-    def network(self, path: str) -> MatrixNetwork:
+    def network(self, path: str) -> MatrixNetwork | JointNetwork:
         """The network that `path` is (a member of), its cores in float32."""
         members, spec = self.entries[path]
         home, shapes = entry_path(members), tensor_shapes(spec)

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 Entries = Mapping[tuple[str, ...], NetworkSpec]
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
-# The output projection reads what attention mixed, not what q, k and v read.
-READS_OTHER_INPUT = "o_proj"
 
 
 def stored_shapes(
@@ -162,9 +160,9 @@ def _insert_group(
     group = TNGroup(spec, dtype=like.dtype, device=like.device, packing=packing)
     parent, _, last = path.rpartition(".")
     model.get_submodule(parent).add_module(last, group)
-    others = sum(member.endswith(READS_OTHER_INPUT) for member in members)
-    for position, member in enumerate(members):
-        readers = 1 if member.endswith(READS_OTHER_INPUT) else len(members) - others
+    for position, (member, readers) in enumerate(
+        zip(members, JOINTS[spec.format].readers(spec), strict=True)
+    ):
         model.set_submodule(member, TNMember(group, position, readers))
 
 

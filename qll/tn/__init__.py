@@ -30,8 +30,11 @@ from qll.tn.entropy import (
     stable_rank,
     von_neumann,
 )
+from qll.tn.joint_channels import JointChannels
+from qll.tn.joint_query_key import JointQueryKey
 from qll.tn.joint_tree import JointTree
 from qll.tn.joint_tucker import JointTucker
+from qll.tn.joint_value_output import JointValueOutput
 from qll.tn.kron import KroneckerSum
 from qll.tn.lowrank import LowRank
 from qll.tn.modes import default_modes
@@ -48,8 +51,12 @@ __all__ = [
     "MPO",
     "NETWORKS",
     "SVD",
+    "JointChannels",
+    "JointNetwork",
+    "JointQueryKey",
     "JointTree",
     "JointTucker",
+    "JointValueOutput",
     "KroneckerSum",
     "LowRank",
     "MatrixNetwork",
@@ -80,13 +87,17 @@ __all__ = [
 NETWORKS: dict[str, type] = {
     network.name: network for network in (LowRank, MPO, Tucker, Tree, KroneckerSum)
 }
-JOINTS: dict[str, type] = {network.name: network for network in (JointTree, JointTucker)}
+JOINTS: dict[str, type] = {
+    network.name: network
+    for network in (JointTree, JointTucker, JointChannels, JointValueOutput, JointQueryKey)
+}
 _ALL = NETWORKS | JOINTS
+JointNetwork = JointTree | JointTucker | JointChannels | JointValueOutput | JointQueryKey
 
 
 def build(
     spec: NetworkSpec, cores: Sequence[Tensor], indices: Sequence[Tensor] = ()
-) -> MatrixNetwork | JointTree | JointTucker:
+) -> MatrixNetwork | JointNetwork:
     """The network of `spec` around these tensors, neither copied nor checked: cheap per forward.
 
     Raises UsageError for an unknown format.

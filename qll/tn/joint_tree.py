@@ -135,6 +135,15 @@ class JointTree:
         """How many matrices share the tree."""
         return len(self.spec.members)
 
+    @classmethod
+    def readers(cls, spec: NetworkSpec) -> tuple[int, ...]:
+        """How many members share `project(x)` with each, itself counted: all of them."""
+        return (len(spec.members),) * len(spec.members)
+
+    def applied_shape(self, member: int) -> tuple[int, int]:
+        """(out, in) of what `apply` does."""
+        return self.spec.members[member]
+
     def transform_legs(
         self, out: Sequence[Tensor | None], into: Sequence[Tensor | None]
     ) -> JointTree:

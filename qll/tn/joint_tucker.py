@@ -100,6 +100,16 @@ class JointTucker:
         """How many matrices share the core."""
         return len(self.spec.members)
 
+    @classmethod
+    def readers(cls, spec: NetworkSpec) -> tuple[int, ...]:
+        """How many members share `project(x)` with each, itself counted: query, key and value."""
+        inputs = min(len(spec.members), _OUTPUT)
+        return (*(inputs,) * inputs, *(1,) * (len(spec.members) - inputs))
+
+    def applied_shape(self, member: int) -> tuple[int, int]:
+        """(out, in) of what `apply` does."""
+        return self.spec.members[member]
+
     def shares_input(self, member: int) -> bool:
         """Whether `project(x)` serves this member: true for query, key and value."""
         return member != _OUTPUT

@@ -17,7 +17,11 @@ from tests.checkpoints import write_meta_folder
 from tests.conftest import make_tiny_llama
 from tests.e2e.conftest import QUICK
 
-FORMATS = ("auto", "lowrank", "mpo", "tucker", "tree", "kron", "joint_tree", "joint_tucker")
+INNER = ("joint_channels", "joint_value_output", "joint_query_key")
+FORMATS = (
+    *("auto", "lowrank", "mpo", "tucker", "tree", "kron", "joint_tree", "joint_tucker"),
+    *INNER,
+)
 
 
 @pytest.fixture(scope="module")

@@ -190,6 +190,7 @@ def test_registries_are_keyed_by_name():
         name: name for name in (*NETWORKS, *JOINTS)
     }
     assert list(NETWORKS) == ["lowrank", "mpo", "tucker", "tree", "kron"]
-    assert list(JOINTS) == ["joint_tree", "joint_tucker"]
+    inner = ["joint_channels", "joint_value_output", "joint_query_key"]
+    assert list(JOINTS) == ["joint_tree", "joint_tucker", *inner]
     with pytest.raises(UsageError, match="no such tensor network"):
         tensor_shapes(NetworkSpec("monarch", (2, 2)))

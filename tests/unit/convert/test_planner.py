@@ -12,7 +12,11 @@ from qll.convert.plan import Plan
 from qll.errors import ConfigError, UsageError
 from qll.load import open_source
 
-FORMATS = ("auto", "lowrank", "mpo", "tucker", "tree", "kron", "joint_tree", "joint_tucker")
+INNER = ("joint_channels", "joint_value_output", "joint_query_key")
+FORMATS = (
+    *("auto", "lowrank", "mpo", "tucker", "tree", "kron", "joint_tree", "joint_tucker"),
+    *INNER,
+)
 
 
 @pytest.fixture(scope="module")

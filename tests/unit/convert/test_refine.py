@@ -33,7 +33,7 @@ def refined(job, work, settings=SETTINGS, windows=WINDOWS):
 
 
 def test_every_block_ends_nearer_to_the_dense_one(tiny_hf_folder, tmp_path):
-    facts = refined(prepared(tiny_hf_folder, tmp_path), tmp_path)
+    facts = refined(prepared(tiny_hf_folder, tmp_path, format="lowrank"), tmp_path)
     assert [line["block"] for line in facts] == [0, 1]
     assert all(line["error_after"] < 0.97 * line["error_before"] for line in facts)
 

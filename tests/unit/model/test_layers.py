@@ -212,7 +212,7 @@ def test_group_names():
     assert group_path(attention[:3]) == "model.layers.0.self_attn.qkv"
     assert group_path(attention) == "model.layers.0.self_attn.qkvo"
     with pytest.raises(KeyError):
-        group_path(attention[:2])
+        group_path(attention[1:3])
     with pytest.raises(KeyError):
         group_path([attention[0], "model.layers.1.self_attn.k_proj", attention[2]])
 

@@ -1,0 +1,99 @@
+"""An MLP with fewer channels: which go, what is lost, and the refitted matrices.
+
+The loss is that of down_proj in its own metric, without some of its inputs and with the others
+making up for them (`qll.tn.elimination`). The three reduced matrices may be low rank as well; what
+each loses in its own metric then adds up, to first order.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float64, Int64
+from torch import Tensor
+
+from qll.convert.candidates import format_of
+from qll.convert.inner_parts import Options, block_of, eigenvalues, fit_part, menu_of, mixed
+from qll.convert.metric import Metric, factor
+from qll.tn import JointChannels
+from qll.tn.elimination import Elimination, eliminate, regression
+from qll.tn.joint_channels import part_specs
+from qll.tn.network import NetworkSpec
+
+# shares of the channels at which low rank inside is tried; without it every number of channels is
+SHARES = (0.5, 0.6, 0.7, 0.8, 0.875, 0.95)
+
+
+def fit_channels(
+    weights: Sequence[Tensor], spec: NetworkSpec, metrics: Sequence[Metric]
+) -> JointChannels:
+    down, seen = weights[2], metrics[2]
+    kept = _eliminated(down, seen).kept(spec.ranks[0])
+    reduced = (weights[0][kept], weights[1][kept], regression(down, seen.right, kept))
+    inside = (
+        Metric(metrics[0].kind, block_of(metrics[0].left, kept), metrics[0].right),
+        Metric(metrics[1].kind, block_of(metrics[1].left, kept), metrics[1].right),
+        Metric(seen.kind, seen.left, block_of(seen.right, kept)),
+    )
+    own = [
+        fit_part(matrix, part, metric)
+        for matrix, part, metric in zip(reduced, part_specs(spec), inside, strict=True)
+    ]
+    return JointChannels.of_parts(spec, kept, own)
+
+
+def channel_options(
+    spec: NetworkSpec,
+    weights: Sequence[Tensor],
+    metrics: Sequence[Metric],
+    scales: Sequence[float],
+    step: int,
+) -> Options:
+    model, channels = weights[2].shape
+    elimination = _eliminated(weights[2], metrics[2])
+    losses = elimination.losses.flip(0) * scales[2]
+    for kept in range(step, channels + 1, step):
+        yield (kept, model, model, model), float(losses[kept])
+    sizes = sorted({max(step, int(share * channels) // step * step) for share in SHARES})
+    stages = [elimination.kept(size) for size in sizes]
+    readers = [_reader_spectra(weights[j], metrics[j], elimination.order, sizes) for j in range(2)]
+    for k, (size, kept) in enumerate(zip(sizes, stages, strict=True)):
+        squares = [readers[0][k], readers[1][k], eigenvalues(elimination.gram(len(kept)))]
+        sized = format_of(spec).clamp(spec.with_ranks((size, model, model, model)))
+        menus = [
+            menu_of(part, values * scale, step)
+            for part, values, scale in zip(part_specs(sized), squares, scales, strict=True)
+        ]
+        for ranks, loss in mixed(menus):
+            yield (size, *ranks), loss + float(losses[size])
+
+
+def _reader_spectra(
+    weight: Tensor, metric: Metric, order: Int64[Tensor, " n"], sizes: Sequence[int]
+) -> list[Float64[Tensor, "_"]]:
+    """Squared singular values of the rows that stay, in their metric, for each of `sizes`.
+
+    The Gram matrix grows by the rows that a larger size adds.
+    """
+    root = None if metric.right is None else factor(metric.right).root
+    gram = weight.new_zeros(weight.shape[1], weight.shape[1])
+    found, kept = [], order[:0]
+    for before, size in itertools.pairwise([0, *sizes]):
+        added = order[len(order) - size : len(order) - before]
+        rows = weight[added]
+        if metric.left is None:
+            gram = gram + rows.mT @ rows
+        else:
+            left = metric.left[added]
+            half = rows.mT @ (left[:, kept] @ weight[kept] + 0.5 * left[:, added] @ rows)
+            gram = gram + half + half.mT
+        kept = torch.cat([added, kept])
+        found.append(eigenvalues(gram if root is None else root.mT @ gram @ root)[:size])
+    return found
+
+
+def _eliminated(down: Tensor, metric: Metric) -> Elimination:
+    seen = down if metric.left is None else factor(metric.left).root.mT @ down
+    return eliminate(seen, metric.right)
