@@ -16,7 +16,17 @@ from qll.errors import UsageError
 Device = Literal["auto", "cuda", "mps", "cpu"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Format = Literal[
-    "auto", "dense", "lowrank", "mpo", "tucker", "tree", "kron", "joint_tree", "joint_tucker"
+    "auto",
+    "dense",
+    "lowrank",
+    "mpo",
+    "tucker",
+    "tree",
+    "kron",
+    "panels",
+    "sparse",
+    "joint_tree",
+    "joint_tucker",
 ]
 
 

@@ -37,6 +37,8 @@ from qll.tn.lowrank import LowRank
 from qll.tn.modes import default_modes
 from qll.tn.mpo import MPO
 from qll.tn.network import GAUGES, MatrixNetwork, NetworkSpec, TensorShapes
+from qll.tn.panels import Panels
+from qll.tn.sparse import Sparse
 from qll.tn.svd import SVD, discarded_weight, rank_for, singular_values, truncated_svd
 from qll.tn.sweep import tensor_train
 from qll.tn.tree import Tree
@@ -54,6 +56,8 @@ __all__ = [
     "LowRank",
     "MatrixNetwork",
     "NetworkSpec",
+    "Panels",
+    "Sparse",
     "TensorShapes",
     "Tree",
     "Tucker",
@@ -78,7 +82,7 @@ __all__ = [
 ]
 
 NETWORKS: dict[str, type] = {
-    network.name: network for network in (LowRank, MPO, Tucker, Tree, KroneckerSum)
+    network.name: network for network in (LowRank, MPO, Tucker, Tree, KroneckerSum, Panels, Sparse)
 }
 JOINTS: dict[str, type] = {network.name: network for network in (JointTree, JointTucker)}
 _ALL = NETWORKS | JOINTS
