@@ -37,7 +37,7 @@ from qll.tn.lowrank import LowRank
 from qll.tn.modes import default_modes
 from qll.tn.mpo import MPO
 from qll.tn.network import GAUGES, MatrixNetwork, NetworkSpec, TensorShapes
-from qll.tn.panels import Panels
+from qll.tn.panels import Panels, default_panels
 from qll.tn.sparse import Sparse
 from qll.tn.svd import SVD, discarded_weight, rank_for, singular_values, truncated_svd
 from qll.tn.sweep import tensor_train
@@ -64,6 +64,7 @@ __all__ = [
     "build",
     "channel_spectrum",
     "default_modes",
+    "default_panels",
     "discarded_weight",
     "max_entropy",
     "participation_ratio",

@@ -12,7 +12,18 @@ from qll.convert.plan import Plan
 from qll.errors import ConfigError, UsageError
 from qll.load import open_source
 
-FORMATS = ("auto", "lowrank", "mpo", "tucker", "tree", "kron", "joint_tree", "joint_tucker")
+FORMATS = (
+    "auto",
+    "lowrank",
+    "mpo",
+    "tucker",
+    "tree",
+    "kron",
+    "panels",
+    "sparse",
+    "joint_tree",
+    "joint_tucker",
+)
 
 
 @pytest.fixture(scope="module")
