@@ -145,7 +145,6 @@ def _panel_modes(unit: Unit, shape: tuple[int, int]) -> dict[str, tuple[int, ...
     modes = default_panels(shape)
     if shape[0] == shape[1] and name == "o_proj":
         modes = {"columns": modes["rows"]}  # the leg of the heads
-    carries_heads = ("columns" if name == "o_proj" else "rows") in modes
-    if name in ATTENTION and carries_heads:
+    if name in ATTENTION and ("columns" if name == "o_proj" else "rows") in modes:
         return modes
     return modes | {"order": (shape[0 if "rows" in modes else 1],)}
