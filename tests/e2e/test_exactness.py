@@ -17,7 +17,18 @@ from tests.checkpoints import write_meta_folder
 from tests.conftest import make_tiny_llama
 from tests.e2e.conftest import QUICK
 
-FORMATS = ("auto", "lowrank", "mpo", "tucker", "tree", "kron", "joint_tree", "joint_tucker")
+FORMATS = (
+    "auto",
+    "lowrank",
+    "mpo",
+    "tucker",
+    "tree",
+    "kron",
+    "panels",
+    "sparse",
+    "joint_tree",
+    "joint_tucker",
+)
 
 
 @pytest.fixture(scope="module")
