@@ -137,7 +137,7 @@ class Panels:
             image = torch.cat([part.apply(x) for part in parts], dim=-1)
             return image if order is None else image.index_select(-1, order)
         if order is not None:
-            x = torch.zeros_like(x).index_copy(-1, order, x)
+            x = torch.zeros_like(x).index_copy(-1, order.long(), x)
         pieces = x.split(self.spec.modes["columns"], dim=-1)
         image = parts[0].apply(pieces[0])
         for part, piece in zip(parts[1:], pieces[1:], strict=True):

@@ -44,6 +44,9 @@ def test_every_verb_agrees_with_the_matrix(spec, gauge):
     torch.testing.assert_close(network.expand().to_matrix(), matrix)
     stored = sum(tensor.numel() for tensor in (*network.cores, *network.indices))
     assert stored == tensor_shapes(network.spec).num_params
+    stored = Panels(network.spec, network.cores, tuple(index.int() for index in network.indices))
+    torch.testing.assert_close(stored.apply(x), network.apply(x))
+    torch.testing.assert_close(stored.rows(ids), network.rows(ids))
     lower = network.round(ranks=(1, 2))
     assert lower.spec.ranks == (1, 2)
     assert lower.spec.gauge == gauge
