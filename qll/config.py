@@ -23,6 +23,8 @@ Format = Literal[
     "tucker",
     "tree",
     "kron",
+    "panels",
+    "sparse",
     "joint_tree",
     "joint_tucker",
     "joint_channels",
@@ -50,6 +52,8 @@ class ConvertOptions:
     """Store an identity block per bond for free, or every number of every core."""
     sites: int = 3
     """Cores per matrix of --format mpo and tree."""
+    sweeps: int = 2
+    """Rounds of refitting every core under the whole metric (mpo, tucker, tree, kron, panels)."""
     norms: Literal["keep", "fold"] = "keep"
     """Leave RMSNorm gains where they are, or multiply them into the next linear (both exact)."""
     keep_embeddings: float = 1.0
@@ -66,6 +70,7 @@ class ConvertOptions:
         _require_share("--keep_embeddings", self.keep_embeddings)
         _require_positive("--sites", self.sites, least=2)
         _require_positive("--bits_group", self.bits_group, least=1)
+        _require_positive("--sweeps", self.sweeps, least=0)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch import Tensor
 from qll.convert.units import Unit
 from qll.tn import JOINTS, NETWORKS, tensor_shapes
 from qll.tn.network import NetworkSpec
+from qll.tn.panels import panel_specs
 
 RANK_STEP = 8
 HALF = 0.5  # a K-FAC error squared is twice the predicted loss (second-order Taylor term)
@@ -76,6 +77,8 @@ def rank_ladder(
     The thresholds are spread evenly over the singular values of all cuts, so that each step keeps
     about as many more of them.
     """
+    if spec.format == "panels":
+        return _panel_ranks(spec, spectra)
     if spec.format == "lowrank":
         return [(rank,) for rank in range(step, len(spectra[0]) + 1, step)]
     values = torch.cat(list(spectra)).sort(descending=True).values
@@ -96,6 +99,34 @@ def tail_energies(spectrum: Float[Tensor, "_"]) -> Float[Tensor, "_"]:
 def format_of(spec: NetworkSpec):
     """The class of the spec's format."""
     return NETWORKS.get(spec.format) or JOINTS[spec.format]
+
+
+def _panel_ranks(spec: NetworkSpec, spectra: Sequence[Tensor]) -> list[tuple[int, ...]]:
+    """Ranks that minimise loss + price * parameters, for prices from dense panels to rank one.
+
+    A rank gets cheaper the more there are (it saves twice its number in the gauge), so one
+    threshold on the singular values would be wrong, and a panel can jump to dense.
+    """
+    sizes = [
+        torch.tensor(
+            [tensor_shapes(panel.with_ranks((rank,))).num_params for rank in range(1, most + 1)],
+            dtype=torch.float64,
+        )
+        for panel, most in zip(panel_specs(spec), format_of(spec).max_ranks(spec), strict=True)
+    ]
+    tails = [tail_energies(spectrum)[1:] for spectrum in spectra]
+    gains = torch.cat([spectrum.square() / sum(spec.shape) for spectrum in spectra])
+    lowest = gains[gains > 0].min() / 16 if bool((gains > 0).any()) else gains.new_tensor(1e-12)
+    prices = torch.logspace(
+        float(lowest.log10()), float((16 * gains.max().clamp(min=lowest)).log10()), 2 * STEPS
+    )
+    found = {
+        tuple(
+            int((tail + price * size).argmin()) + 1 for tail, size in zip(tails, sizes, strict=True)
+        )
+        for price in prices.tolist()
+    }
+    return sorted(found)
 
 
 def _above(spectra: Sequence[Tensor], threshold: float) -> tuple[int, ...]:

@@ -3,7 +3,10 @@
 Whiten, decompose, unwhiten, fix the gauge. A format whose legs are whole matrix indices (lowrank,
 joint_tree) sees the metric exactly: the truncated singular values are the error. One whose legs
 split an index (mpo, tree, kron, tucker) sees the nearest metric that splits the same way, a
-Kronecker product of one moment per leg, because anything denser would glue its legs together.
+Kronecker product of one moment per leg, because anything denser would glue its legs together;
+sweeps over its cores then lower the error in the whole metric. Panels see the metric without what
+couples one panel to another, and get it by sweeps as well. sparse is no decomposition: see
+sparsify.py.
 """
 
 from __future__ import annotations
@@ -19,21 +22,18 @@ from torch import Tensor
 from qll.convert.candidates import format_of
 from qll.convert.inner import INNER, fit_inner
 from qll.convert.metric import Factor, Metric, factor, leg_moments
+from qll.convert.panelling import swept_panels, whiten_panels
+from qll.convert.sparsify import entry_losses, sparsify
+from qll.convert.sweeps import swept_cores
+from qll.convert.whitened import Whitened, apply_roots
 from qll.errors import ConvergenceError
-from qll.tn import build
-from qll.tn.network import NetworkSpec
+from qll.tn import JointNetwork, build
+from qll.tn.network import MatrixNetwork, NetworkSpec
 
+# formats whose closed form sees the metric leg by leg only
+SWEPT = ("mpo", "tucker", "tree", "kron")
 Weights = Sequence[Float[Tensor, "_ _"]]
-
-
-@dataclass(frozen=True)
-class Whitened:
-    """Weights seen through the metric, with what is needed to go back."""
-
-    matrices: list[Tensor]
-    spec: NetworkSpec
-    out: list[Factor | None]
-    into: list[Factor | None]
+Network = MatrixNetwork | JointNetwork
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,18 @@ class Fitted:
 
 
 def fit(
-    weights: Weights, spec: NetworkSpec, metrics: Sequence[Metric], dtype: torch.dtype
+    weights: Weights,
+    spec: NetworkSpec,
+    metrics: Sequence[Metric],
+    dtype: torch.dtype,
+    sweeps: int = 0,
 ) -> Fitted:
     """The network of `spec` nearest to `weights` (one matrix per member), cores in `dtype`.
 
-    The errors are those of the cores after the cast: rel_error ||W - W~||_F / ||W||_F and
-    metric_error the same in the metric, per member. Raises ConvergenceError when the result is
-    not finite.
+    After the closed form, `sweeps` times over all cores (panels) of a format that does not see the
+    whole metric, each solved for under it. The errors are those of the cores after the cast:
+    rel_error ||W - W~||_F / ||W||_F and metric_error the same in the metric, per member. Raises
+    ConvergenceError when the result is not finite.
 
     >>> from qll.convert.metric import plain
     >>> weight = torch.outer(torch.arange(1.0, 5), torch.ones(3))
@@ -64,8 +69,11 @@ def fit(
     if spec.format in INNER:
         network = fit_inner([weight.to(torch.float64) for weight in weights], spec, metrics)
         discarded = _discarded_inside(weights, network, metrics)
+    elif spec.format == "sparse":
+        network = _in_gauge(sparsify(weights[0].to(torch.float64), spec, metrics[0]), spec)
+        discarded = relative_errors(weights[0], network.to_matrix(), metrics[0])[1] ** 2
     else:
-        network, discarded = _fit_whitened(weights, spec, metrics)
+        network, discarded = _decomposed(weights, spec, metrics, sweeps)
     cores = tuple(core.to(dtype) for core in network.cores)
     if not all(torch.isfinite(core).all() for core in cores):
         raise ConvergenceError(
@@ -83,30 +91,44 @@ def fit(
     return Fitted(network, [e[0] for e in errors], [e[1] for e in errors], discarded)
 
 
-def _fit_whitened(
-    weights: Weights, spec: NetworkSpec, metrics: Sequence[Metric]
-) -> tuple[object, float]:
-    """Decompose in the metric and go back; the network and the weight it discards there."""
+def _decomposed(
+    weights: Weights, spec: NetworkSpec, metrics: Sequence[Metric], sweeps: int
+) -> tuple[Network, float]:
+    """The network, and what the closed form discarded in the metric it saw."""
     seen = whiten(weights, spec, metrics)
-    kind = format_of(spec)
-    network = kind.decompose(_argument(seen.matrices, spec), seen.spec.with_gauge("none"))
+    argument = _argument(seen.matrices, spec)
+    network = format_of(spec).decompose(argument, seen.spec.with_gauge("none"))
     discarded = _discarded(seen.matrices, network)
+    if sweeps and spec.format in SWEPT:
+        network = swept_cores(network, seen, metrics[0], sweeps)
     network = network.transform_legs(
         [None if item is None else item.inverse_transposed for item in seen.out],
         [None if item is None else item.inverse for item in seen.into],
     )
-    return (network.interpolate() if spec.gauge == "interpolative" else network), discarded
+    if seen.order is not None:
+        network = network.reordered(seen.order)
+    if sweeps and spec.format == "panels":
+        network = swept_panels(network, weights[0].to(torch.float64), seen, metrics[0], sweeps)
+    return _in_gauge(network, spec), discarded
+
+
+def _in_gauge(network: Network, spec: NetworkSpec) -> Network:
+    return network.interpolate() if spec.gauge == "interpolative" else network
 
 
 def whiten(weights: Weights, spec: NetworkSpec, metrics: Sequence[Metric]) -> Whitened:
     """The weights in the metric, leg by leg, in float64."""
     matrices = [weight.to(torch.float64) for weight in weights]
+    if spec.format == "panels":
+        return whiten_panels(matrices[0], spec, metrics[0])
     if spec.format == "joint_tucker":
         return _whiten_joint_tucker(matrices, spec, metrics)
     if spec.format == "joint_tree":
         into = [_root(metrics[0].right)]
         out = [_root(metric.left) for metric in metrics]
-        seen = [_apply([left], matrix, into) for left, matrix in zip(out, matrices, strict=True)]
+        seen = [
+            apply_roots([left], matrix, into) for left, matrix in zip(out, matrices, strict=True)
+        ]
         return Whitened(seen, spec, out, into)
     out_dims, in_dims = legs(spec)
     padded = replace(spec, shape=(prod(out_dims), prod(in_dims)))
@@ -115,13 +137,16 @@ def whiten(weights: Weights, spec: NetworkSpec, metrics: Sequence[Metric]) -> Wh
     if padded.shape != spec.shape:
         rows, columns = padded.shape[0] - spec.shape[0], padded.shape[1] - spec.shape[1]
         matrix = torch.nn.functional.pad(matrix, (0, columns, 0, rows))
-    return Whitened([_apply(out, matrix, into)], padded, out, into)
+    return Whitened([apply_roots(out, matrix, into)], padded, out, into)
 
 
 def spectra(
     weights: Weights, spec: NetworkSpec, metrics: Sequence[Metric]
 ) -> list[Float[Tensor, "_"]]:
-    """Singular values at every cut of `spec`, in the metric, descending."""
+    """Singular values at every cut of `spec`, in the metric, descending; for sparse those numbers
+    whose squares are the losses of single entries."""
+    if spec.format == "sparse":
+        return [entry_losses(weights[0].to(torch.float64), metrics[0])]
     seen = whiten(weights, spec, metrics)
     return format_of(spec).cut_spectra(_argument(seen.matrices, spec), seen.spec)
 
@@ -177,25 +202,6 @@ def _leg_roots(moment: Tensor | None, dims: Sequence[int]) -> list[Factor | None
 
 def _root(moment: Tensor | None) -> Factor | None:
     return None if moment is None else factor(moment)
-
-
-def _apply(out: list[Factor | None], matrix: Tensor, into: list[Factor | None]) -> Tensor:
-    """(x out)^T matrix (x into), one leg at a time; a side is whole or has a factor on each leg."""
-    dims = [*_dims(out, matrix.shape[0]), *_dims(into, matrix.shape[1])]
-    items = [*(out if out[0] else [None]), *(into if into[0] else [None])]
-    tensor = matrix.reshape(dims)
-    for axis, item in enumerate(items):
-        if item is None:
-            continue
-        if item.root.ndim == 1:
-            tensor = tensor.movedim(axis, -1).mul(item.root).movedim(-1, axis)
-        else:
-            tensor = torch.tensordot(tensor, item.root, dims=([axis], [0])).movedim(-1, axis)
-    return tensor.reshape(matrix.shape)
-
-
-def _dims(items: list[Factor | None], total: int) -> list[int]:
-    return [total if item is None else len(item.root) for item in (items if items[0] else [None])]
 
 
 def _discarded_inside(weights: Weights, network, metrics: Sequence[Metric]) -> float:

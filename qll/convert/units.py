@@ -7,12 +7,12 @@ matrix or one such group: what an entry of a plan covers. Names are Hugging Face
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import LlamaConfig
 
 from qll.model import group_path
-from qll.tn import default_modes
+from qll.tn import default_modes, default_panels
 from qll.tn.network import NetworkSpec
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -121,8 +121,10 @@ def template(unit: Unit, format: str, gauge: str, sites: int, config: LlamaConfi
     """The spec of `format` for `unit`, ranks still empty."""
     out, into = sum(shape[0] for shape in unit.shapes), unit.shapes[0][1]
     spec = NetworkSpec(format, (out, into), gauge=gauge)
-    if format == "lowrank":
+    if format in ("lowrank", "sparse"):
         return spec
+    if format == "panels":
+        return replace(spec, modes=_panel_modes(unit, spec.shape))
     if format in ("joint_tree", "joint_channels"):
         return NetworkSpec(format, (out, into), gauge=gauge, members=unit.shapes)
     if format in ("joint_value_output", "joint_query_key"):
@@ -142,3 +144,14 @@ def template(unit: Unit, format: str, gauge: str, sites: int, config: LlamaConfi
         return NetworkSpec(format, (out, into), modes={"stack": (*rows, into)}, gauge=gauge)
     pieces = 2 if format == "kron" else sites
     return NetworkSpec(format, (out, into), modes=default_modes((out, into), pieces), gauge=gauge)
+
+
+def _panel_modes(unit: Unit, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+    """Panels along the longer leg, sorted unless that leg carries heads, which belong together."""
+    name = unit.members[0].rpartition(".")[2]
+    modes = default_panels(shape)
+    if shape[0] == shape[1] and name == "o_proj":
+        modes = {"columns": modes["rows"]}  # the leg of the heads
+    if name in ATTENTION and ("columns" if name == "o_proj" else "rows") in modes:
+        return modes
+    return modes | {"order": (shape[0 if "rows" in modes else 1],)}

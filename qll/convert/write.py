@@ -86,7 +86,8 @@ def convert_entry(
         ]
     weights = read_weights(source, members, options)
     metrics = metrics_of(source, moments, members, options)
-    fitted = fit(weights, entry.spec, metrics, saved_dtype(source, options))
+    dtype = saved_dtype(source, options)
+    fitted = fit(weights, entry.spec, metrics, dtype, options.sweeps)
     path = tensor_path(members)
     tensors = {f"{path}.cores.{k}": core for k, core in enumerate(fitted.network.cores)}
     tensors |= {

@@ -40,6 +40,8 @@ from qll.tn.lowrank import LowRank
 from qll.tn.modes import default_modes
 from qll.tn.mpo import MPO
 from qll.tn.network import GAUGES, MatrixNetwork, NetworkSpec, TensorShapes
+from qll.tn.panels import Panels, default_panels
+from qll.tn.sparse import Sparse
 from qll.tn.svd import SVD, discarded_weight, rank_for, singular_values, truncated_svd
 from qll.tn.sweep import tensor_train
 from qll.tn.tree import Tree
@@ -61,12 +63,15 @@ __all__ = [
     "LowRank",
     "MatrixNetwork",
     "NetworkSpec",
+    "Panels",
+    "Sparse",
     "TensorShapes",
     "Tree",
     "Tucker",
     "build",
     "channel_spectrum",
     "default_modes",
+    "default_panels",
     "discarded_weight",
     "max_entropy",
     "participation_ratio",
@@ -85,7 +90,7 @@ __all__ = [
 ]
 
 NETWORKS: dict[str, type] = {
-    network.name: network for network in (LowRank, MPO, Tucker, Tree, KroneckerSum)
+    network.name: network for network in (LowRank, MPO, Tucker, Tree, KroneckerSum, Panels, Sparse)
 }
 JOINTS: dict[str, type] = {
     network.name: network

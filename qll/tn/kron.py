@@ -89,6 +89,10 @@ class KroneckerSum:
         """The same matrix as (A, B)."""
         return _named(self._chain().expand())
 
+    def canonicalize(self, center: int) -> KroneckerSum:
+        """The same matrix, gauge "none", the factor that is not `center` orthonormal."""
+        return _named(self._chain().canonicalize(center))
+
     def to_matrix(self) -> Float[Tensor, "out into"]:
         """W, padding removed."""
         return self._chain().to_matrix()

@@ -22,6 +22,7 @@ USAGE = {
     ("--keep_embeddings", "2"): "--keep_embeddings",
     ("--context", "1"): "--context",
     ("--sites", "1"): "--sites",
+    ("--sweeps", "-1"): "--sweeps",
     ("--sae_layers", "0"): "--sae_dir",
     ("--sae_dir", ".", "--sae_layers", "zero"): "not a list of blocks",
     ("--sae_dir", ".", "--sae_layers", "0,99"): "no such blocks",

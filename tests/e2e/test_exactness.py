@@ -19,7 +19,8 @@ from tests.e2e.conftest import QUICK
 
 INNER = ("joint_channels", "joint_value_output", "joint_query_key")
 FORMATS = (
-    *("auto", "lowrank", "mpo", "tucker", "tree", "kron", "joint_tree", "joint_tucker"),
+    *("auto", "lowrank", "mpo", "tucker", "tree", "kron", "panels", "sparse"),
+    *("joint_tree", "joint_tucker"),
     *INNER,
 )
 

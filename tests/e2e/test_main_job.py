@@ -14,7 +14,17 @@ import pytest
 from qll.cli import main
 from tests.e2e.conftest import QUICK, ROOT, run_qll
 
-FORMATS = ("lowrank", "mpo", "tucker", "tree", "kron", "joint_tree", "joint_tucker")
+FORMATS = (
+    "lowrank",
+    "mpo",
+    "tucker",
+    "tree",
+    "kron",
+    "panels",
+    "sparse",
+    "joint_tree",
+    "joint_tucker",
+)
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,8 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
 def draws(draw: st.DrawFn, formats: tuple[str, ...] = tuple(NETWORKS)) -> dict:
     """Raw choices for a spec. (qll itself is not called here: its type checks use `random`.)"""
     name = draw(st.sampled_from(formats))
-    legs = draw({"lowrank": st.just(1), "kron": st.just(2)}.get(name, st.integers(2, 3)))
+    few = {"lowrank": st.just(1), "sparse": st.just(1), "kron": st.just(2)}
+    legs = draw(few.get(name, st.integers(2, 3)))
     sizes = st.lists(st.integers(1, 12 if legs == 1 else 4), min_size=legs, max_size=legs)
     fractions = st.lists(st.floats(0, 1), min_size=8, max_size=8)
     return {
@@ -41,8 +42,11 @@ def draws(draw: st.DrawFn, formats: tuple[str, ...] = tuple(NETWORKS)) -> dict:
 def spec_of(drawn: dict) -> NetworkSpec:
     """A clamped spec of some format, padded now and then."""
     name, out, into = drawn["name"], drawn["out"], drawn["in"]
-    if name == "lowrank":
+    if name in ("lowrank", "sparse"):
         spec = NetworkSpec(name, (*out, *into))
+    elif name == "panels":
+        order = {"order": (sum(out),)} if drawn["cut"] else {}
+        spec = NetworkSpec(name, (sum(out), into[0]), modes={"rows": out} | order)
     elif name == "tucker":
         stack = (*out, into[0])
         spec = NetworkSpec(name, (prod(out), into[0]), modes={"stack": stack})
@@ -189,7 +193,7 @@ def test_registries_are_keyed_by_name():
     assert {name: kind.name for name, kind in (NETWORKS | JOINTS).items()} == {
         name: name for name in (*NETWORKS, *JOINTS)
     }
-    assert list(NETWORKS) == ["lowrank", "mpo", "tucker", "tree", "kron"]
+    assert list(NETWORKS) == ["lowrank", "mpo", "tucker", "tree", "kron", "panels", "sparse"]
     inner = ["joint_channels", "joint_value_output", "joint_query_key"]
     assert list(JOINTS) == ["joint_tree", "joint_tucker", *inner]
     with pytest.raises(UsageError, match="no such tensor network"):

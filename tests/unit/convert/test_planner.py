@@ -14,7 +14,8 @@ from qll.load import open_source
 
 INNER = ("joint_channels", "joint_value_output", "joint_query_key")
 FORMATS = (
-    *("auto", "lowrank", "mpo", "tucker", "tree", "kron", "joint_tree", "joint_tucker"),
+    *("auto", "lowrank", "mpo", "tucker", "tree", "kron", "panels", "sparse"),
+    *("joint_tree", "joint_tucker"),
     *INNER,
 )
 
