@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import hashlib
 import importlib.metadata
 import json
 import platform
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -123,24 +123,39 @@ def peer_row(cell: Cell, texts: Texts) -> dict[str, Any]:
 
 def product_row(cell: Cell, texts: Texts) -> dict[str, Any]:
     """main.py as a process, the folder it saved scored after a reload."""
+    if texts.arguments.from_run is not None:
+        return finished_row(cell, texts, texts.arguments.from_run)
     texts.moments(cell.seed)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         words = product_words(cell, texts)
         moments = ["--moments", str(texts.seed_folder(cell.seed) / "moments")]
         process = [sys.executable, str(ROOT / "main.py"), *words, *moments, "--out", str(out)]
-        started = time.monotonic()
         subprocess.run(process, check=True, stdout=subprocess.DEVNULL)
-        seconds = time.monotonic() - started
-        report = json.loads((out / "report.json").read_text())
-        model = load(out / "model")
-        shape = block_sizes(model, texts)
-        found = {**shape, "texts": texts.scores(model)}
-        shutil.rmtree(out)
+        return finished_row(cell, texts, out)
+
+
+def finished_row(cell: Cell, texts: Texts, out: Path) -> dict[str, Any]:
+    """The row of a finished run, whose settings and calibration must be those of the cell."""
+    report = json.loads((out / "report.json").read_text())
+    settings = report["provenance"]["settings"]
+    flags = dict(zip(cell.flags[::2], cell.flags[1::2], strict=True))
+    wanted = {"--keep": f"{cell.keep:g}", "--seed": str(cell.seed), **flags}
+    given = settings | settings["convert"] | settings["train"]
+    found = {flag: f"{given.get(flag[2:])}" for flag in wanted}
+    if found != wanted:
+        raise SystemExit(f"{out} is not a run of {cell.name}: {found} instead of {wanted}")
+    windows = texts.windows(cell.seed).long().numpy().tobytes()
+    calibration = report["quality"]["calibration"]["windows_sha256"]
+    if calibration != hashlib.sha256(windows).hexdigest():
+        raise SystemExit(f"{out} was calibrated on other tokens than {cell.name}")
+    model = load(out / "model")
     return {
-        **found,
-        "product_command": "python main.py " + shlex.join(shareable(words)),
-        "product_seconds": round(seconds, 1),
+        **block_sizes(model, texts),
+        "texts": texts.scores(model),
+        "product_command": "python main.py " + shlex.join(shareable(product_words(cell, texts))),
+        "product_git": report["provenance"]["git"],
+        "product_seconds": round(sum(report["cost"]["seconds"].values()), 1),
         "product_stages": report["cost"]["seconds"],
         "warnings": report["warnings"],
     }
@@ -318,6 +333,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", default="*", metavar="GLOB", help="cells by name")
     parser.add_argument("--again", action="store_true", help="also cells that are done")
     parser.add_argument("--list", action="store_true", help="print the cells and stop")
+    parser.add_argument(
+        "--from_run", type=Path, help="score this finished run, for one --only cell"
+    )
     parser.add_argument("--headline", action="store_true", help="compare formats and stop")
     return parser.parse_args()
 

@@ -43,6 +43,8 @@ OURS = {
     "ours_best": ("--effort", "best"),
     "ours_balanced": ("--effort", "balanced"),
     "ours_fast": ("--effort", "fast"),
+    # a pruned matrix with a bit mask: no tensor network, and no fewer FLOPs
+    "ours_sparse": ("--effort", "fast", "--format", "sparse"),
 }
 UNIFORM_SVD = ("--effort", "fast", "--format", "lowrank", "--allocation", "uniform")
 # main.py as a peer of itself
@@ -75,6 +77,8 @@ ABLATIONS = {
     "ablation_allocation_uniform": ("--allocation", "uniform"),
     "ablation_gauge_none": ("--gauge", "none"),
     "ablation_single_matrices": ("--format", "lowrank"),
+    "ablation_no_sharing": ("--sharing", "none"),
+    "ablation_no_inner_sharing": ("--sharing", "bonds"),
     "ablation_no_refinement": ("--effort", "fast"),
 }
 
@@ -83,6 +87,7 @@ HEADLINE_KEEP = 0.8
 # formats of more than one core pair inside a matrix
 HEADLINE = {
     "joint_tree": ("--effort", "fast", "--format", "joint_tree"),
+    "panels": ("--effort", "fast", "--format", "panels"),
     "kron": ("--effort", "fast", "--format", "kron"),
     "mpo": ("--effort", "fast", "--format", "mpo", "--sites", "3"),
     "tucker": ("--effort", "fast", "--format", "tucker"),
