@@ -40,7 +40,7 @@ from qll.runtexts import (
     calibration_windows,
     evaluation_texts,
 )
-from qll.train import HealSettings, choose_precision, heal
+from qll.train import HealSettings, choose_precision, heal, keep_freed_memory
 
 logger = logging.getLogger("qll.pipeline")
 
@@ -76,6 +76,7 @@ def run(config: MainConfig, until: str = "report") -> Path:
 def start(config: MainConfig) -> Run:
     """Open the inputs and choose the device; nothing is written yet."""
     torch.manual_seed(config.seed)
+    keep_freed_memory()
     device = choose_device(config.device)
     if config.llama_dir is not None and config.out.resolve().is_relative_to(
         config.llama_dir.resolve()

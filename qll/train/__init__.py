@@ -2,6 +2,7 @@
 
 from qll.train.distill import distillation_loss
 from qll.train.healing import HealSettings, heal
+from qll.train.memory import keep_freed_memory
 from qll.train.optimise import Optimiser
 from qll.train.precision import autocast, choose_precision, prepare_training
 
@@ -12,5 +13,6 @@ __all__ = [
     "choose_precision",
     "distillation_loss",
     "heal",
+    "keep_freed_memory",
     "prepare_training",
 ]
