@@ -41,7 +41,7 @@ class ConvertOptions:
     """Share of the block linears' parameters to keep, in (0, 1]."""
     format: Format = "auto"
     """Tensor network of every block linear; auto chooses among dense, lowrank and --sharing."""
-    sharing: Literal["none", "bonds", "inner", "all"] = "all"
+    sharing: Literal["none", "bonds", "inner", "all"] = "inner"
     """Formats of several matrices offered by auto: joint_tree (bonds), fewer channels between them
     (inner: joint_channels, joint_value_output, joint_query_key), both, or neither."""
     metric: Literal["kfac", "activation", "plain"] = "kfac"
