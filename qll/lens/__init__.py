@@ -1,10 +1,22 @@
 """The lens: look inside the dense and the converted model.
 
-In: weight matrices (and, from a later issue, activations). Out: entries of report.json. Read
-`spectra.look` first.
+In: weight matrices and activations. Out: entries of report.json. `spectra.look` is about matrices;
+`sae.SAE` is a sparse autoencoder.
 """
 
+from qll.lens.codes import SparseCodes
 from qll.lens.model import model_look
+from qll.lens.sae import SAE, load_sae
 from qll.lens.spectra import MatrixLook, look, matrix_entropies, random_spectrum, spectrum
 
-__all__ = ["MatrixLook", "look", "matrix_entropies", "model_look", "random_spectrum", "spectrum"]
+__all__ = [
+    "SAE",
+    "MatrixLook",
+    "SparseCodes",
+    "load_sae",
+    "look",
+    "matrix_entropies",
+    "model_look",
+    "random_spectrum",
+    "spectrum",
+]
