@@ -4,6 +4,7 @@ In: weight matrices and activations. Out: entries of report.json. `spectra.look`
 `sae.SAE` is a sparse autoencoder.
 """
 
+from qll.lens.attach import Attached, attach
 from qll.lens.codes import SparseCodes
 from qll.lens.model import model_look
 from qll.lens.sae import SAE, load_sae
@@ -11,8 +12,10 @@ from qll.lens.spectra import MatrixLook, look, matrix_entropies, random_spectrum
 
 __all__ = [
     "SAE",
+    "Attached",
     "MatrixLook",
     "SparseCodes",
+    "attach",
     "load_sae",
     "look",
     "matrix_entropies",

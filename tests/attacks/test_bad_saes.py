@@ -126,7 +126,7 @@ def test_an_old_activation_is_not_approximated(folder):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_not_a_number(folder, name, tensor, value):
     broken = load_file(next((folder / name).glob("*.safetensors")))[tensor]
-    broken.view(-1)[1] = value
+    broken[..., 1] = value  # in every row: those that nothing reads are not looked at
     with_tensor(folder / name, tensor, broken)
     refused(NonFiniteError, "NaN or infinity", folder, name)
 
@@ -149,7 +149,7 @@ def test_truncated_and_foreign_files(folder, name):
     path.write_bytes(data[:60])
     refused(TruncatedFileError, "ends inside its header", folder, name)
     path.write_bytes(b"PK\x03\x04" + data)
-    refused(HeaderError, "", folder, name)
+    refused(HeaderError, "header is too long", folder, name)
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n")
     refused(MissingFileError, "Git LFS pointer", folder, name)
 
