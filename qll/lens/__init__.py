@@ -6,19 +6,24 @@ In: weight matrices and activations. Out: entries of report.json. `spectra.look`
 
 from qll.lens.attach import Attached, attach
 from qll.lens.codes import SparseCodes
+from qll.lens.measure import check_place, measure
 from qll.lens.model import model_look
 from qll.lens.sae import SAE, load_sae
+from qll.lens.sae_metrics import SAEMetrics
 from qll.lens.spectra import MatrixLook, look, matrix_entropies, random_spectrum, spectrum
 
 __all__ = [
     "SAE",
     "Attached",
     "MatrixLook",
+    "SAEMetrics",
     "SparseCodes",
     "attach",
+    "check_place",
     "load_sae",
     "look",
     "matrix_entropies",
+    "measure",
     "model_look",
     "random_spectrum",
     "spectrum",
