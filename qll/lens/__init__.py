@@ -5,7 +5,9 @@ In: weight matrices and activations. Out: entries of report.json. `spectra.look`
 """
 
 from qll.lens.attach import Attached, attach
+from qll.lens.cache import CodeCache, write_cache
 from qll.lens.codes import SparseCodes
+from qll.lens.features import direct_attribution, logit_lens, top_examples
 from qll.lens.measure import check_place, measure
 from qll.lens.model import model_look
 from qll.lens.sae import SAE, load_sae
@@ -15,16 +17,21 @@ from qll.lens.spectra import MatrixLook, look, matrix_entropies, random_spectrum
 __all__ = [
     "SAE",
     "Attached",
+    "CodeCache",
     "MatrixLook",
     "SAEMetrics",
     "SparseCodes",
     "attach",
     "check_place",
+    "direct_attribution",
     "load_sae",
+    "logit_lens",
     "look",
     "matrix_entropies",
     "measure",
     "model_look",
     "random_spectrum",
     "spectrum",
+    "top_examples",
+    "write_cache",
 ]
