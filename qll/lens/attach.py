@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from jaxtyping import Bool
@@ -26,7 +25,6 @@ from qll.lens.hooks import Handler, hooked, width_at
 from qll.lens.sae import SAE
 from qll.load.sae_names import hookpoint_of
 
-Mode = Literal["observe", "replace", "replace_error"]
 MODES = ("observe", "replace", "replace_error")
 
 
@@ -43,7 +41,7 @@ class _Edit:
     """What is done to the codes of one autoencoder."""
 
     sae: SAE
-    mode: Mode
+    mode: str
     ablate: tuple[int, ...]
     steer: Mapping[int, float]
     positions: Tensor | None
@@ -55,7 +53,7 @@ class _Edit:
             codes = codes.plus(feature, amount)
         return codes
 
-    def applied(self, value: Tensor, codes: SparseCodes, read: Tensor) -> Tensor | None:
+    def applied(self, value: Tensor, codes: SparseCodes, read: Tensor | None) -> Tensor | None:
         """The value that takes the place of `value`; None leaves it."""
         if self.mode == "observe":
             return None
@@ -77,7 +75,7 @@ def attach(
     model: PreTrainedModel,
     saes: Mapping[str, SAE],
     *,
-    mode: Mode | None = None,
+    mode: str | None = None,
     ablate: Mapping[str, Sequence[int]] | None = None,
     steer: Mapping[str, Mapping[int, float]] | None = None,
     positions: Bool[Tensor, "batch seq"] | None = None,

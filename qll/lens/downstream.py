@@ -85,9 +85,11 @@ def _sums(model: PreTrainedModel, states: list[Tensor], window: Tensor) -> Tenso
         stop = min(start + step, len(window) - 1)
         logs = [model.lm_head(part[start:stop]).float().log_softmax(-1) for part in states]
         wanted = targets[start + 1 : stop + 1, None]
-        losses = [-log.gather(-1, wanted).double().sum() for log in logs]
+        losses = [-log.gather(-1, wanted) for log in logs]
         clean = logs[0].exp()
-        losses += [(clean * (logs[0] - log)).sum(-1).double().sum() for log in logs[1:]]
+        losses += [(clean * (logs[0] - log)).sum(-1) for log in logs[1:]]
+        # float64 after the move to the CPU: not every device has it
+        losses = [loss.cpu().double().sum() for loss in losses]
         total += torch.tensor([stop - start, *map(float, losses)], dtype=torch.float64)
     return total
 

@@ -65,7 +65,7 @@ class Ledger:
         }
         terms["dark"] = whole - sum(terms.values())
         for name, vectors in {"whole": whole, **terms}.items():
-            self.squares[name] += float(vectors.double().square().sum())
+            self.squares[name] += float(vectors.cpu().double().square().sum())
 
     def shares(self) -> dict[str, float]:
         """Squared norm of each term over that of the whole error, and `cross`, which may be < 0.

@@ -135,6 +135,10 @@ def _matrices(sae: StoredSAE) -> dict[str, Tensor]:
         if scale in sae.vectors:
             data = (data.float() * sae.vectors[scale][:, None]).to(data.dtype)
         found[name] = data
+    # tied weights are one tensor in memory, but two in a file
+    places = [data.untyped_storage().data_ptr() for data in found.values()]
+    if places[0] == places[1]:
+        found["W_dec"] = found["W_dec"].clone()
     return found
 
 
