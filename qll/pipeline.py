@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,6 +25,9 @@ from qll.runfolder import Run, claim, is_done, recording, timed, total_seconds
 from qll.runtexts import calibration_facts, calibration_text, evaluation_texts
 
 logger = logging.getLogger("qll.pipeline")
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 
 def run(config: MainConfig, until: str = "report") -> Path:
@@ -134,16 +138,26 @@ def generate_text(config: GenerateConfig) -> Iterator[str]:
     else:
         source = open_source(config.model)
         model, tokenizer = load_dense(source, torch.float32, device), open_tokenizer(source)
-    yield from generate(
-        model,
-        tokenizer,
-        config.prompt,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        seed=config.seed,
-        chat=config.chat,
-    )
+    with steering(config, model):
+        yield from generate(
+            model,
+            tokenizer,
+            config.prompt,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            seed=config.seed,
+            chat=config.chat,
+        )
+
+
+def steering(config: GenerateConfig, model: PreTrainedModel) -> AbstractContextManager:
+    """The features of --steer, added while the model generates; nothing without the flag."""
+    if not config.edits():
+        return nullcontext()
+    from qll.lens.steer import steered
+
+    return steered(model, config.sae_dir, config.edits())
 
 
 def choose_device(name: str) -> torch.device:
