@@ -84,9 +84,9 @@ class MainConfig:
     llama_dir: Path | None = None
     """Folder or .gguf file of a Llama checkpoint; default: the embedded SmolLM2-135M-Instruct."""
     sae_dir: Path | None = None
-    """Folder of sparse autoencoders (this version says that it cannot attach them yet)."""
+    """Folder of sparse autoencoders (sparsify, SAELens or Llama Scope) to compare features with."""
     sae_layers: str = ""
-    """Blocks whose autoencoders to use, for instance 0,1,2."""
+    """Blocks whose autoencoders to use, for instance 0,1,2; default: all that the folder has."""
     moments: Path | None = None
     """Folder left by `calibrate` (its work/moments), to convert at many budgets from one."""
     out: Path = Path("runs/qll")

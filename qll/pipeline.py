@@ -22,12 +22,13 @@ from qll.convert import Plan, assemble, convert_units, load_plan, make_plan, sav
 from qll.errors import UsageError
 from qll.load import Source, builtin_texts, encode, open_source, open_tokenizer, read_text
 from qll.runfolder import Run, claim, is_done, recording, timed, total_seconds
+from qll.runsaes import look_at_features, require_saes
 from qll.runtexts import calibration_facts, calibration_text, evaluation_texts
 
-logger = logging.getLogger("qll.pipeline")
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+logger = logging.getLogger("qll.pipeline")
 
 
 def run(config: MainConfig, until: str = "report") -> Path:
@@ -52,6 +53,8 @@ def run(config: MainConfig, until: str = "report") -> Path:
         if until == "convert":
             return config.out
         results = timed(state, "evaluate", evaluate)
+        if config.sae_dir is not None:
+            timed(state, "sae", look_at_features)
         entropy = timed(state, "lens", look_inside)
         timed(state, "report", report, moments, plan, records, results, entropy)
         store.remove(state.work)
@@ -72,27 +75,8 @@ def start(config: MainConfig) -> Run:
             hint="choose a folder outside --llama_dir",
         )
     source = open_source(config.llama_dir)
-    require_sae_blocks(config, source)
+    require_saes(config, source)
     return Run(config, source, open_tokenizer(source), device)
-
-
-def require_sae_blocks(config: MainConfig, source: Source) -> None:
-    """Refuse --sae_layers the model does not have, and autoencoders as a whole for now."""
-    layers = source.config.num_hidden_layers
-    if beyond := [block for block in config.blocks_with_sae() if block >= layers]:
-        raise UsageError(
-            "the model has no such blocks",
-            where="--sae_layers",
-            expected=f"0 to {layers - 1}",
-            found=", ".join(map(str, beyond)),
-        )
-    if config.sae_dir is not None:
-        raise UsageError(
-            "this version cannot attach sparse autoencoders yet",
-            where="--sae_dir",
-            found=config.sae_dir,
-            hint="run without --sae_dir to convert and measure",
-        )
 
 
 def dry_run(config: MainConfig) -> str:
@@ -248,7 +232,8 @@ def convert(state: Run, moments: MomentStore | None, plan: Plan) -> list[dict[st
 
 def forget_model(state: Run) -> None:
     """Delete the converted model and all that was measured on it; moments and plan stay."""
-    for path in (state.out / "report.json", state.model, state.results, state.entropy):
+    measured = (state.results, state.entropy, state.features)
+    for path in (state.out / "report.json", state.model, *measured):
         store.remove(path)
 
 
@@ -310,6 +295,7 @@ def report(
             "texts": results["texts"],
             "calibration": calibration_facts(state.config, moments),
         },
+        sae=store.read_json(state.features) if state.features.exists() else None,
         cost={**results["cost"], "seconds": total_seconds(state)},
         warnings=state.warnings,
         provenance=store.read_json(state.out / "run.json"),

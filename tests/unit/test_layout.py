@@ -28,6 +28,7 @@ ROOMS = (
     "report",
     "runfolder",
     "runtexts",
+    "runsaes",
     "pipeline",
     "api",
     "cli",
