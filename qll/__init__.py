@@ -24,6 +24,8 @@ _PUBLIC = {
     "generate": ("qll.model", "generate"),
     "export_dense": ("qll.model", "export_dense"),
     "export_two_linear": ("qll.model", "export_two_linear"),
+    "load_sae": ("qll.lens", "load_sae"),
+    "attach": ("qll.lens", "attach"),
     "build_report": ("qll.report", "build_report"),
     "render": ("qll.report", "render"),
     "ConvertConfig": ("qll.config", "MainConfig"),

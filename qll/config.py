@@ -171,9 +171,9 @@ class MainConfig:
     llama_dir: Path | None = None
     """Folder or .gguf file of a Llama checkpoint; default: the embedded SmolLM2-135M-Instruct."""
     sae_dir: Path | None = None
-    """Folder of sparse autoencoders (this version says that it cannot attach them yet)."""
+    """Folder of sparse autoencoders (sparsify, SAELens or Llama Scope) to compare features with."""
     sae_layers: str = ""
-    """Blocks whose autoencoders to use, for instance 0,1,2."""
+    """Blocks whose autoencoders to use, for instance 0,1,2; default: all that the folder has."""
     moments: Path | None = None
     """Folder left by `calibrate` (its work/moments), to convert at many budgets from one."""
     out: Path = Path("runs/qll")
@@ -255,8 +255,14 @@ class GenerateConfig:
     """Wrap the prompt in the tokenizer's chat template."""
     device: Device = "auto"
     """Where to run."""
+    sae_dir: Path | None = None
+    """Folder of the sparse autoencoders that --steer names features of."""
+    steer: str = ""
+    """Features to push, as block:feature:amount, for instance 7:1234:+8,9:55:-3."""
 
     def __post_init__(self) -> None:
+        if self.edits() and self.sae_dir is None:
+            raise UsageError("needs --sae_dir", where="--steer", found=self.steer)
         _require_positive("--max_new_tokens", self.max_new_tokens, least=1)
         _require_share("--top_p", self.top_p)
         if not 0 <= self.temperature < float("inf"):
@@ -266,6 +272,31 @@ class GenerateConfig:
                 expected="a finite number of at least 0",
                 found=self.temperature,
             )
+
+    def edits(self) -> list[tuple[str, int, float]]:
+        """(hookpoint, feature, amount) of --steer; raises UsageError when it reads otherwise.
+
+        >>> GenerateConfig("hi", sae_dir=Path("saes"), steer="7:12:+8,layers.9.mlp:5:-1").edits()
+        [('layers.7', 12, 8.0), ('layers.9.mlp', 5, -1.0)]
+        """
+        found = []
+        for word in filter(None, (part.strip() for part in self.steer.split(","))):
+            place, *numbers = word.split(":")
+            try:
+                feature, amount = int(numbers[0]), float(numbers[1])
+                fits = len(numbers) == 2 and abs(amount) < float("inf") and bool(place)
+            except (IndexError, ValueError):
+                fits = False
+            if not fits:
+                raise UsageError(
+                    "not a feature to steer",
+                    where="--steer",
+                    expected="block:feature:amount",
+                    found=word,
+                    hint="for instance --steer 7:1234:+8",
+                )
+            found.append((f"layers.{place}" if place.isdecimal() else place, feature, amount))
+        return found
 
 
 @dataclass(frozen=True)

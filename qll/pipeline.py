@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -34,6 +35,7 @@ from qll.convert import (
 from qll.errors import UsageError
 from qll.load import Source, builtin_texts, encode, open_source, open_tokenizer, read_text
 from qll.runfolder import Run, claim, is_done, recording, timed, total_seconds
+from qll.runsaes import look_at_features, require_saes
 from qll.runtexts import (
     calibration_facts,
     calibration_names,
@@ -41,6 +43,9 @@ from qll.runtexts import (
     evaluation_texts,
 )
 from qll.train import HealSettings, choose_precision, heal, keep_freed_memory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger("qll.pipeline")
 
@@ -67,6 +72,8 @@ def run(config: MainConfig, until: str = "report") -> Path:
         if until == "convert":
             return config.out
         results = timed(state, "evaluate", evaluate)
+        if config.sae_dir is not None:
+            timed(state, "sae", look_at_features)
         entropy = timed(state, "lens", look_inside)
         timed(state, "report", report, moments, plan, made, results, entropy)
         store.remove(state.work)
@@ -88,27 +95,8 @@ def start(config: MainConfig) -> Run:
             hint="choose a folder outside --llama_dir",
         )
     source = open_source(config.llama_dir)
-    require_sae_blocks(config, source)
+    require_saes(config, source)
     return Run(config, source, open_tokenizer(source), device)
-
-
-def require_sae_blocks(config: MainConfig, source: Source) -> None:
-    """Refuse --sae_layers the model does not have, and autoencoders as a whole for now."""
-    layers = source.config.num_hidden_layers
-    if beyond := [block for block in config.blocks_with_sae() if block >= layers]:
-        raise UsageError(
-            "the model has no such blocks",
-            where="--sae_layers",
-            expected=f"0 to {layers - 1}",
-            found=", ".join(map(str, beyond)),
-        )
-    if config.sae_dir is not None:
-        raise UsageError(
-            "this version cannot attach sparse autoencoders yet",
-            where="--sae_dir",
-            found=config.sae_dir,
-            hint="run without --sae_dir to convert and measure",
-        )
 
 
 def dry_run(config: MainConfig) -> str:
@@ -156,16 +144,26 @@ def generate_text(config: GenerateConfig) -> Iterator[str]:
     else:
         source = open_source(config.model)
         model, tokenizer = load_dense(source, torch.float32, device), open_tokenizer(source)
-    yield from generate(
-        model,
-        tokenizer,
-        config.prompt,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        seed=config.seed,
-        chat=config.chat,
-    )
+    with steering(config, model):
+        yield from generate(
+            model,
+            tokenizer,
+            config.prompt,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            seed=config.seed,
+            chat=config.chat,
+        )
+
+
+def steering(config: GenerateConfig, model: PreTrainedModel) -> AbstractContextManager:
+    """The features of --steer, added while the model generates; nothing without the flag."""
+    if not config.edits():
+        return nullcontext()
+    from qll.lens.steer import steered
+
+    return steered(model, config.sae_dir, config.edits())
 
 
 def choose_device(name: str) -> torch.device:
@@ -372,7 +370,8 @@ def plan_folder(state: Run, name: str) -> Path:
 
 def forget_model(state: Run) -> None:
     """Delete the converted model and all that was measured on it; moments and plan stay."""
-    for path in (state.out / "report.json", state.model, state.results, state.entropy):
+    measured = (state.results, state.entropy, state.features)
+    for path in (state.out / "report.json", state.model, *measured):
         store.remove(path)
 
 
@@ -434,6 +433,7 @@ def report(
             "texts": results["texts"],
             "calibration": calibration_facts(state.config, moments),
         },
+        sae=store.read_json(state.features) if state.features.exists() else None,
         cost={**results["cost"], "seconds": total_seconds(state)},
         warnings=state.warnings,
         provenance=store.read_json(state.out / "run.json"),

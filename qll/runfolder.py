@@ -67,6 +67,11 @@ class Run:
         return self.work / "entropy.json"
 
     @property
+    def features(self) -> Path:
+        """What autoencoders measured, until the report has it."""
+        return self.work / "sae.json"
+
+    @property
     def events(self) -> Path:
         """One JSON line per thing that happened."""
         return self.config.out / "events.jsonl"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -121,21 +121,36 @@ def read_tensor(path: Path, offset: int, shape: tuple[int, ...], dtype: torch.dt
     tensor = torch.empty(shape, dtype=dtype)
     if tensor.numel() == 0:
         return tensor
-    view = memoryview(tensor.view(-1).view(torch.uint8).numpy())
     with open(path, "rb", buffering=0) as file:
-        file.seek(offset)
-        done = 0
-        while done < len(view):
-            if not (count := file.readinto(view[done:])):
-                raise TruncatedFileError(
-                    "file ended inside a tensor",
-                    where=path,
-                    expected=f"{offset + len(view)} bytes",
-                    found=f"{offset + done} bytes",
-                    hint="it changed while being read, or the download is incomplete",
-                )
-            done += count
+        _fill(file, tensor, offset, path)
     return tensor
+
+
+def read_pieces(path: Path, offsets: Sequence[int], length: int, dtype: torch.dtype) -> Tensor:
+    """A fresh [pieces, length] tensor: one row from the bytes of `path` at each of `offsets`."""
+    tensor = torch.empty(len(offsets), length, dtype=dtype)
+    if tensor.numel():
+        with open(path, "rb", buffering=0) as file:
+            for row, offset in zip(tensor, offsets, strict=True):
+                _fill(file, row, offset, path)
+    return tensor
+
+
+def _fill(file: BinaryIO, tensor: Tensor, offset: int, path: Path) -> None:
+    """Fill the contiguous `tensor` from the bytes of `file` at `offset`."""
+    view = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    file.seek(offset)
+    done = 0
+    while done < len(view):
+        if not (count := file.readinto(view[done:])):
+            raise TruncatedFileError(
+                "file ended inside a tensor",
+                where=path,
+                expected=f"{offset + len(view)} bytes",
+                found=f"{offset + done} bytes",
+                hint="it changed while being read, or the download is incomplete",
+            )
+        done += count
 
 
 def digest_file(digest: Any, path: Path) -> None:

@@ -9,7 +9,7 @@ is one copy into our memory instead of a growing mapping.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qll.errors import HeaderError, TruncatedFileError
 from qll.load.checkpoint import TensorSpec
-from qll.load.files import parse_object, read_tensor, shown
+from qll.load.files import parse_object, read_pieces, read_tensor, shown
 
 # The library allows 100 MB; the longest real header (405B in one file) is under 0.3 MB
 MAX_HEADER_BYTES = 16 << 20
@@ -52,6 +52,20 @@ class SafeTensor:
         rest, dtype = self.spec.shape[1:], self.spec.dtype
         offset = self.offset + start * math.prod(rest) * dtype.itemsize
         return read_tensor(self.path, offset, (stop - start, *rest), dtype)
+
+    def read_rows(self, rows: Sequence[int]) -> Tensor:
+        """The rows `rows` of a matrix in that order; only their bytes are read."""
+        width = math.prod(self.spec.shape[1:])
+        places = [self.offset + row * width * self.spec.dtype.itemsize for row in rows]
+        return read_pieces(self.path, places, width, self.spec.dtype)
+
+    def read_columns(self, start: int, stop: int) -> Tensor:
+        """Columns start..stop-1 of a matrix; only their bytes are read."""
+        rows, width = self.spec.shape
+        places = [
+            self.offset + (row * width + start) * self.spec.dtype.itemsize for row in range(rows)
+        ]
+        return read_pieces(self.path, places, stop - start, self.spec.dtype)
 
 
 def read_safetensors(path: Path) -> dict[str, SafeTensor]:

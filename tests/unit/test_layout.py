@@ -29,6 +29,7 @@ ROOMS = (
     "report",
     "runfolder",
     "runtexts",
+    "runsaes",
     "pipeline",
     "api",
     "cli",
