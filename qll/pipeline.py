@@ -18,23 +18,11 @@ import torch
 from qll import store
 from qll.calibrate import MomentStore, collect
 from qll.config import EvalConfig, GenerateConfig, MainConfig
-from qll.convert import (
-    Plan,
-    RefineSettings,
-    assemble,
-    convert_units,
-    load_plan,
-    make_plan,
-    measured_again,
-    packings_of,
-    quantise_units,
-    refine,
-    saved_dtype,
-    trained_path,
-)
+from qll.convert import Plan, load_plan, make_plan, saved_dtype
 from qll.errors import UsageError
 from qll.load import Source, builtin_texts, encode, open_source, open_tokenizer, read_text
 from qll.runfolder import Run, claim, is_done, recording, timed, total_seconds
+from qll.runmodel import make_model
 from qll.runsaes import look_at_features, require_saes
 from qll.runtexts import (
     calibration_facts,
@@ -42,7 +30,7 @@ from qll.runtexts import (
     calibration_windows,
     evaluation_texts,
 )
-from qll.train import HealSettings, choose_precision, heal, keep_freed_memory
+from qll.train import keep_freed_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -221,158 +209,6 @@ def make_or_load_plan(state: Run, moments: MomentStore | None) -> Plan:
     if not path.exists():
         make_plan(state.source, moments, state.config.convert).save(path)
     return load_plan(path, state.source.config)
-
-
-def make_model(state: Run, moments: MomentStore | None, plan: Plan) -> dict[str, Any]:
-    """The converted checkpoint in model/, manifest last; returns the facts in its manifest.
-
-    Closed forms, then what --effort adds to them: block refinement, healing.
-    """
-    if facts := finished_model(state):
-        return facts
-    train, trained, training = state.config.train, None, {}
-    records = timed(state, "convert", convert, moments, plan)
-    is_lossy = any(entry.spec is not None for entry in plan.entries) and plan.keep < 1.0
-    if train.passes and is_lossy:
-        trained = plan_folder(state, "refined")
-        training["refine"] = timed(state, "refine", refine_blocks, moments, plan, trained)
-    if train.healing and is_lossy:
-        refined, trained = trained, plan_folder(state, "healed")
-        training["heal"] = timed(state, "heal", heal_model, plan, refined, trained)
-    return timed(state, "write", write_model, moments, plan, records, training, trained)
-
-
-def finished_model(state: Run) -> dict[str, Any] | None:
-    """The manifest of model/ when it was made of this very plan; another one is deleted."""
-    if not (state.model / store.MANIFEST_NAME).is_file():
-        return None
-    manifest = store.read_manifest(state.model)
-    if manifest["plan_sha256"] == store.sha256(state.out / "plan.json"):
-        return manifest
-    print("plan.json was edited: converting again", file=sys.stderr)
-    forget_model(state)
-    return None
-
-
-def convert(state: Run, moments: MomentStore | None, plan: Plan) -> list[dict[str, Any]]:
-    """The closed form of every matrix in work/cores; returns the per-matrix records."""
-    options = state.config.convert
-    return convert_units(state.source, moments, plan, options, cores_of(state), state.events)
-
-
-def refine_blocks(
-    state: Run, moments: MomentStore | None, plan: Plan, trained: Path
-) -> list[dict[str, Any]]:
-    """Every block trained against its dense self; leaves tensors in `trained`."""
-    train = state.config.train
-    precision = choose_precision(train.precision, state.device)
-    settings = RefineSettings(
-        train.passes, train.refine_rate, precision=precision, seed=state.config.seed
-    )
-    windows = calibration_windows(state, train.refine_tokens, train.train_context)
-    source, options = state.source, state.config.convert
-    cores = cores_of(state)
-    return refine(source, plan, options, moments, windows, cores, trained, settings, state.device)
-
-
-def heal_model(state: Run, plan: Plan, refined: Path | None, trained: Path) -> dict[str, Any]:
-    """The whole model trained against the dense one; leaves tensors in `trained`."""
-    from qll.model import load, load_dense
-
-    if (trained / "facts.json").is_file():
-        return store.read_json(trained / "facts.json")
-    train = state.config.train
-    start = state.work / "start"
-    assemble_folder(state, plan, refined, start, as_float=True)
-    dense = load_dense(state.source, torch.float32, state.device)
-    converted = load(start, device=state.device, dtype=torch.float32, verify=False)
-    precision = choose_precision(train.precision, state.device)
-    settings = HealSettings(
-        train.healing, train.heal_rate, precision=precision, seed=state.config.seed
-    )
-    windows = calibration_windows(state, train.healing, train.train_context)
-    facts = heal(dense, converted, windows, trained, settings)
-    save_trained(converted, trained)
-    store.write_json(trained / "facts.json", facts)
-    store.remove(start)
-    return facts
-
-
-def write_model(
-    state: Run,
-    moments: MomentStore | None,
-    plan: Plan,
-    records: list[dict[str, Any]],
-    training: dict[str, Any],
-    trained: Path | None,
-) -> dict[str, Any]:
-    """model/, committed with its manifest; returns the facts in it."""
-    from qll.model import commit_folder
-
-    options, cores, source = state.config.convert, cores_of(state), state.source
-    if trained is not None:
-        records = measured_again(source, moments, plan, options, cores, trained, records)
-    records = quantise_units(source, moments, plan, options, cores, trained, state.events, records)
-    assemble_folder(state, plan, trained, state.model)
-    facts = {
-        "source": state.source.fingerprint,
-        "plan_sha256": store.sha256(state.out / "plan.json"),
-        "matrices": records,
-        "training": training,
-    }
-    commit_folder(state.model, facts)
-    for folder in (cores_of(state), plan_folder(state, "refined"), plan_folder(state, "healed")):
-        store.remove(folder)
-    return facts
-
-
-def assemble_folder(
-    state: Run, plan: Plan, trained: Path | None, folder: Path, *, as_float: bool = False
-) -> None:
-    """Everything of a converted checkpoint but its manifest; `as_float` leaves out --bits."""
-    from qll.model import write_static_files
-
-    options = state.config.convert
-    assemble(state.source, plan, options, cores_of(state), folder, trained, as_float=as_float)
-    write_static_files(
-        folder,
-        state.source,
-        state.tokenizer,
-        {entry.unit.members: entry.spec for entry in plan.entries if entry.spec is not None},
-        folded_norms=options.norms == "fold",
-        dtype=saved_dtype(state.source, options),
-        packings={} if as_float else packings_of(plan, options),
-    )
-
-
-def save_trained(model: Any, folder: Path) -> None:
-    """The parameters that training moves, one file per block, for `assemble`."""
-    layers = model.config.num_hidden_layers
-    for block in [*range(layers), None]:
-        prefix = "model.norm." if block is None else f"model.layers.{block}."
-        tensors = {
-            name: parameter.detach().cpu()
-            for name, parameter in model.named_parameters()
-            if name.startswith(prefix)
-        }
-        store.write_tensors(trained_path(folder, block), tensors)
-
-
-def cores_of(state: Run) -> Path:
-    """Where the closed forms lie until the model is written."""
-    return state.work / "cores"
-
-
-def plan_folder(state: Run, name: str) -> Path:
-    """A folder of work that belongs to the plan as it is now."""
-    return state.work / f"{name}-{store.sha256(state.out / 'plan.json')[:12]}"
-
-
-def forget_model(state: Run) -> None:
-    """Delete the converted model and all that was measured on it; moments and plan stay."""
-    measured = (state.results, state.entropy, state.features)
-    for path in (state.out / "report.json", state.model, *measured):
-        store.remove(path)
 
 
 def evaluate(state: Run) -> dict[str, Any]:

@@ -29,6 +29,7 @@ ROOMS = (
     "report",
     "runfolder",
     "runtexts",
+    "runmodel",
     "runsaes",
     "pipeline",
     "api",
