@@ -47,16 +47,28 @@ def main() -> None:
     parser.add_argument("--moments", type=Path, required=True, help="folder left by `calibrate`")
     parser.add_argument("--llama_dir", type=Path, help="checkpoint; default: the embedded one")
     parser.add_argument("--blocks", default="2,15,27")
+    parser.add_argument("--tables", default="groups,neighbours", help="which to measure again")
     arguments = parser.parse_args()
     source, moments = open_source(arguments.llama_dir), MomentStore(arguments.moments)
-    results = {"model": source.name, "tokens": moments.tokens, "blocks": {}}
+    results = json.loads(RESULT.read_text()) if RESULT.exists() else {"blocks": {}}
+    results |= {"model": source.name, "tokens": moments.tokens}
     for block in map(int, arguments.blocks.split(",")):
         here = read(source, moments, block)
-        rows = {"groups": dict(groups(source, here, block))}
-        if block + 1 < source.config.num_hidden_layers:
-            rows["neighbours"] = neighbours(here, read(source, moments, block + 1))
-        results["blocks"][str(block)] = rows
-        RESULT.write_text(json.dumps(results, indent=1) + "\n")
+        tables = {}
+        if "groups" in arguments.tables:
+            tables["groups"] = groups(source, here, block)
+        if "neighbours" in arguments.tables and block + 1 < source.config.num_hidden_layers:
+            tables["neighbours"] = neighbours(here, read(source, moments, block + 1))
+        for table, found in tables.items():
+            rows = results["blocks"].setdefault(str(block), {}).setdefault(table, {})
+            for name, row in found:
+                rows[name] = row
+                save(results)
+
+
+def save(results: dict) -> None:
+    """Write what is there: every row as it comes."""
+    RESULT.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def read(source: Source, moments: MomentStore, block: int) -> Block:
@@ -85,9 +97,8 @@ def groups(source: Source, here: Block, block: int) -> Iterator[tuple[str, dict]
             yield f"{format} {name}", compared([items], alone, unit.dense_params)
 
 
-def neighbours(here: Block, there: Block) -> dict[str, dict]:
-    """Losses by keep of one basis for both blocks and of a network each, for every matrix."""
-    found = {}
+def neighbours(here: Block, there: Block) -> Iterator[tuple[str, dict]]:
+    """(matrix, losses by keep) of one basis for both blocks and of a network each."""
     for path in here:
         pairs = [here[path], there[path]]
         (out, into), count = pairs[0][0].shape, 2 * pairs[0][0].numel()
@@ -98,8 +109,7 @@ def neighbours(here: Block, there: Block) -> dict[str, dict]:
             for rank, loss in shared_basis(pairs)
         ]
         alone = [single(*pair, None) for pair in pairs]
-        found[path] = compared([[*shared, dense(unit)]], alone, count)
-    return found
+        yield path, compared([[*shared, dense(unit)]], alone, count)
 
 
 def shared_basis(pairs: Sequence[tuple[Tensor, Metric]]) -> Iterator[tuple[int, float]]:
@@ -109,7 +119,7 @@ def shared_basis(pairs: Sequence[tuple[Tensor, Metric]]) -> Iterator[tuple[int, 
     seen = [root.mT @ weight @ middle.root for root, (weight, _) in zip(roots, pairs, strict=True)]
     gram = sum(item.mT @ item for item in seen)
     order = torch.linalg.eigh(gram).eigenvectors.flip(1).mT
-    for rank in range(RANK_STEP, len(order), 4 * RANK_STEP):
+    for rank in range(4 * RANK_STEP, min(len(order), sum(map(len, seen))), 4 * RANK_STEP):
         basis = order[:rank] @ middle.inverse
         yield rank, sum(HALF * refitted(weight, metric, basis) for weight, metric in pairs)
 
