@@ -19,6 +19,7 @@ LABELS = {
     "ours_best": "**QLL, `--effort best`**",
     "ours_balanced": "**QLL, `--effort balanced`**",
     "ours_fast": "**QLL, `--effort fast`**",
+    "ours_sparse": "QLL, `--format sparse` (pruned entries and a bit mask, no tensor network)",
     "svd": "truncated SVD",
     "asvd": "ASVD (alpha 0.5, uniform ranks)",
     "svd_llm": "SVD-LLM (v1, whitening)",

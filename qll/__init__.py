@@ -5,7 +5,7 @@ import torch. It does make `AutoModelForCausalLM.from_pretrained` understand con
 
 >>> import qll
 >>> sorted(qll.__all__)[:4]
-['ConvertConfig', 'build_report', 'convert', 'evaluate']
+['ConvertConfig', 'attach', 'build_report', 'convert']
 """
 
 from importlib import import_module

@@ -17,6 +17,7 @@ from qll.calibrate import MomentStore
 from qll.config import ConvertOptions
 from qll.convert.allocate import choose
 from qll.convert.candidates import HALF, RANK_STEP, Candidate, dense, exact, ladder
+from qll.convert.digits import significant
 from qll.convert.fit import spectra
 from qll.convert.inner import INNER, inner_ladder
 from qll.convert.plan import Plan, PlanEntry
@@ -52,7 +53,7 @@ def make_plan(source: Source, moments: MomentStore | None, options: ConvertOptio
     total = sum(unit.dense_params for unit in single_units(config, 0)) * config.num_hidden_layers
     budget = int(options.keep * total)
     chosen = _spend(candidates, budget, options)
-    entries = [PlanEntry(item.unit, item.spec, item.loss) for item in chosen]
+    entries = [PlanEntry(item.unit, item.spec, significant(item.loss)) for item in chosen]
     entries += _vocabulary_entries(source, moments, options)
     return Plan(tuple(entries), options.keep, options.metric, budget)
 
@@ -170,5 +171,7 @@ def _vocabulary_entries(
         values = spectra(weights, spec, metrics)
         items = ladder(unit, spec, values, step=1)
         item = choose(items, int(options.keep_embeddings * unit.dense_params))[0]
-        entries.append(PlanEntry(unit, item.spec, item.loss * _loss_scale(values, options)))
+        entries.append(
+            PlanEntry(unit, item.spec, significant(item.loss * _loss_scale(values, options)))
+        )
     return entries

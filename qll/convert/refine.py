@@ -27,10 +27,10 @@ from tqdm import tqdm
 from qll.calibrate import Journal, MomentStore, Streams
 from qll.config import ConvertOptions
 from qll.convert.assemble import block_tensors
+from qll.convert.digits import significant
 from qll.convert.metric import SHRINK_GRAD, factor, shrink
 from qll.convert.plan import Plan
 from qll.convert.stored import trained_path
-from qll.convert.write import significant
 from qll.load import Source
 from qll.model.blocks import build_block, build_network_block, embed, run_block
 from qll.train import Optimiser, autocast, prepare_training

@@ -12,11 +12,11 @@ from torch import Tensor
 from qll.calibrate import MomentStore
 from qll.config import ConvertOptions
 from qll.convert.assemble import block_tensors
+from qll.convert.digits import significant
 from qll.convert.fit import comparable_members, relative_errors
 from qll.convert.plan import Plan, PlanEntry
 from qll.convert.units import tensor_path
 from qll.convert.weights import metrics_of, read_weights
-from qll.convert.write import significant
 from qll.load import Source
 from qll.tn import build
 

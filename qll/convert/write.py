@@ -18,6 +18,7 @@ from tqdm import tqdm
 from qll import store
 from qll.calibrate import MomentStore
 from qll.config import ConvertOptions
+from qll.convert.digits import significant
 from qll.convert.fit import fit
 from qll.convert.plan import Plan, PlanEntry
 from qll.convert.units import tensor_path
@@ -143,15 +144,5 @@ def _record(
         "rel_error": significant(rel_error),
         "metric_error": significant(metric_error),
         "discarded_weight": significant(discarded),
-        "predicted_loss": entry.loss * share,
+        "predicted_loss": significant(entry.loss * share),
     }
-
-
-def significant(value: float) -> float:
-    """`value` to ten digits: the last bits of a sum depend on where its terms lie in memory, and a
-    resumed run must leave the same bytes.
-
-    >>> significant(0.1 + 0.2)
-    0.3
-    """
-    return float(f"{value:.10g}")

@@ -27,7 +27,7 @@ class Optimiser:
     >>> weight = nn.Parameter(torch.ones(1)); optimiser = Optimiser([weight], 0.1, steps=50)
     >>> for _ in range(50):
     ...     loss = (weight ** 2).sum(); loss.backward(); optimiser.step(loss.item())
-    >>> abs(float(weight)) < 0.1
+    >>> abs(weight.item()) < 0.1
     True
     """
 
