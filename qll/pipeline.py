@@ -22,7 +22,7 @@ from qll.convert import Plan, load_plan, make_plan, saved_dtype
 from qll.errors import UsageError
 from qll.load import Source, builtin_texts, encode, open_source, open_tokenizer, read_text
 from qll.runfolder import Run, claim, is_done, recording, timed, total_seconds
-from qll.runmodel import make_model
+from qll.runmodel import make_model, require_training_text
 from qll.runsaes import look_at_features, require_saes
 from qll.runtexts import (
     calibration_facts,
@@ -50,6 +50,8 @@ def run(config: MainConfig, until: str = "report") -> Path:
     with store.lock(config.out), recording(state):
         claim(state)
         store.require_space(config.out, needed_bytes(state))
+        if until not in ("calibrate", "plan"):
+            require_training_text(state)
         moments = timed(state, "calibrate", calibrate)
         if until == "calibrate":
             return config.out
@@ -279,10 +281,13 @@ def report(
 
 
 def needed_bytes(state: Run) -> int:
-    """Disk the run needs at most: moments, cores, and the checkpoint itself."""
+    """Disk the run needs at most: moments, cores, what is trained, and the checkpoint itself."""
     specs = state.source.specs()
     kind = saved_dtype(state.source, state.config.convert)
-    weights = sum(spec.nbytes // spec.dtype.itemsize for spec in specs.values()) * kind.itemsize
+    params = sum(spec.nbytes // spec.dtype.itemsize for spec in specs.values())
+    train = state.config.train
+    # float32: refined blocks; a start, healed blocks, and a checkpoint with two moments of Adam
+    trained = 4 * params * (bool(train.passes) + 5 * bool(train.healing))
     config = state.source.config
     d_model, d_ff, d_kv = (
         config.hidden_size,
@@ -292,4 +297,5 @@ def needed_bytes(state: Run) -> int:
     inputs = 3 * d_model**2 + d_ff**2
     grads = 3 * d_model**2 + 2 * d_kv**2 + 2 * d_ff**2
     share = {"plain": 0, "activation": inputs, "kfac": inputs + grads}[state.config.convert.metric]
-    return 2 * weights + 4 * share * config.num_hidden_layers + (1 << 24)
+    moments = 4 * share * config.num_hidden_layers
+    return 2 * params * kind.itemsize + trained + moments + (1 << 24)

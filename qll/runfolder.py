@@ -25,6 +25,8 @@ from qll.config import MainConfig, to_json
 from qll.errors import ForeignRunError, IntegrityError
 from qll.load import Source
 
+logger = logging.getLogger("qll.runfolder")
+
 PACKAGES = ("torch", "transformers", "safetensors", "gguf", "numpy", "scipy", "opt_einsum")
 # settings that do not change what a run computes
 UNBINDING = ("out", "dry_run")
@@ -136,23 +138,38 @@ def _binding(config: MainConfig) -> dict[str, Any]:
 
 
 def timed(state: Run, stage: str, function, *arguments):
-    """Call a stage and add its seconds, over all attempts, to the events and to the report."""
+    """Call a stage and add its seconds to the events, whether it finishes or is interrupted."""
     print(f"[{stage}]", file=sys.stderr)
+    store.append_line(state.events, {"event": "started", "stage": stage})
     started = time.monotonic()
-    result = function(state, *arguments)
-    seconds = time.monotonic() - started
-    state.seconds[stage] = seconds
-    store.append_line(state.events, {"event": "stage", "stage": stage, "seconds": seconds})
-    return result
+    try:
+        return function(state, *arguments)
+    finally:
+        seconds = time.monotonic() - started
+        state.seconds[stage] = seconds
+        store.append_line(state.events, {"event": "stage", "stage": stage, "seconds": seconds})
 
 
 def total_seconds(state: Run) -> dict[str, float]:
-    """Seconds per stage summed over this run and the runs it resumed."""
+    """Seconds per stage summed over this run and the runs it resumed.
+
+    Of an attempt that was killed nobody knows how long it took: `recording` warns of those.
+    """
     total: dict[str, float] = {}
     for line in store.read_lines(state.events):
         if line.get("event") == "stage":
             total[line["stage"]] = total.get(line["stage"], 0.0) + line["seconds"]
     return {stage: round(seconds, 2) for stage, seconds in total.items()}
+
+
+def killed_stages(state: Run) -> list[str]:
+    """Stages that an earlier attempt started and neither finished nor left by an error."""
+    open_stages: dict[str, int] = {}
+    for line in store.read_lines(state.events):
+        if line.get("event") in ("started", "stage"):
+            step = 1 if line["event"] == "started" else -1
+            open_stages[line["stage"]] = open_stages.get(line["stage"], 0) + step
+    return [stage for stage, count in open_stages.items() if count > 0]
 
 
 @contextmanager
@@ -172,6 +189,8 @@ def recording(state: Run) -> Iterator[None]:
     state.warnings.extend(dict.fromkeys(earlier))
     handler, root = Collector(level=logging.WARNING), logging.getLogger("qll")
     root.addHandler(handler)
+    for stage in killed_stages(state):
+        logger.warning("an attempt was killed during %s: its seconds are not counted", stage)
     try:
         yield
     finally:

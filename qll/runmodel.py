@@ -23,6 +23,7 @@ from qll.convert import (
     packings_of,
     quantise_units,
     refine,
+    require_held_out,
     saved_dtype,
     trained_path,
 )
@@ -48,6 +49,16 @@ def make_model(state: Run, moments: MomentStore | None, plan: Plan) -> dict[str,
         refined, trained = trained, plan_folder(state, "healed")
         training["heal"] = timed(state, "heal", heal_model, plan, refined, trained)
     return timed(state, "write", write_model, moments, plan, records, training, trained)
+
+
+def require_training_text(state: Run) -> None:
+    """Raise TextError before anything is measured when the texts are too short to train on."""
+    train = state.config.train
+    if state.config.convert.keep == 1.0:
+        return  # exact: nothing is trained
+    for tokens in (train.refine_tokens * bool(train.passes), train.healing):
+        if tokens:
+            require_held_out(calibration_windows(state, tokens, train.train_context))
 
 
 def finished_model(state: Run) -> dict[str, Any] | None:

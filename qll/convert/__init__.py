@@ -10,7 +10,7 @@ from qll.convert.fit import fit
 from qll.convert.plan import Plan, PlanEntry, load_plan
 from qll.convert.planner import make_plan
 from qll.convert.quantise import packings_of, quantise_units
-from qll.convert.refine import RefineSettings, refine
+from qll.convert.refinement import RefineSettings, refine, require_held_out
 from qll.convert.remeasure import measured_again
 from qll.convert.stored import trained_path
 from qll.convert.weights import metrics_of, read_weights
@@ -35,6 +35,7 @@ __all__ = [
     "quantise_units",
     "read_weights",
     "refine",
+    "require_held_out",
     "saved_dtype",
     "trained_path",
 ]

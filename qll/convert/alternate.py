@@ -27,11 +27,12 @@ from qll.tn.packed import Packing, as_rows, from_rows, group_axis
 from qll.tn.rounding import Rounded, round_in_metric, round_nearest
 
 SWEEPS = 4
-LEAST_GAIN = 0.01
+LEAST_GAIN = 0.05
 # With the pair of low rank, which is exact, one step is enough.
 CG_STEPS = 8
 CG_TOLERANCE = 1e-4
 LEAST_PROBES, MOST_PROBES = 16, 64
+MOST_COUPLED = 4096
 PROBE_SHRINK = 0.02
 
 Pair = tuple[Tensor | None, Tensor | None]
@@ -220,14 +221,16 @@ class Problem:
         count = max(LEAST_PROBES, 8 * max(rows, length) // min(rows, length))
         count = min(MOST_PROBES, count)
         hand = torch.Generator().manual_seed(k)
-        left, right = cores[k].new_zeros(rows, rows), cores[k].new_zeros(length, length)
+        # a side longer than the probes can tell apart gets its diagonal only
+        left = cores[k].new_zeros((rows, rows) if rows <= MOST_COUPLED else (rows,))
+        right = cores[k].new_zeros(length, length)
         for _ in range(count):
             noise = [
                 _coloured(torch.randn(wanted.shape, generator=hand, dtype=wanted.dtype), roots)
                 for wanted, roots in zip(self.wanted, self._roots, strict=True)
             ]
             probe = as_rows(self._gradient(cores, k, noise), self.group)
-            left += probe @ probe.mT
+            left += probe @ probe.mT if left.ndim == 2 else probe.square().sum(1)
             right += probe.mT @ probe
         return _shrunk(left), _shrunk(right)
 
@@ -284,10 +287,10 @@ def _coloured(noise: Tensor, roots: tuple[Tensor | None, Tensor | None]) -> Tens
 
 def _shrunk(moment: Tensor) -> Tensor:
     """An estimate from few probes, made positive definite; a moment of nothing is the identity."""
-    mean = moment.diagonal().mean()
+    mean = (moment if moment.ndim == 1 else moment.diagonal()).mean()
+    identity = torch.ones_like(moment) if moment.ndim == 1 else torch.eye(len(moment)).to(moment)
     if not mean > 0:
-        return torch.eye(len(moment), dtype=moment.dtype)
-    identity = torch.eye(len(moment), dtype=moment.dtype)
+        return identity
     return (1 - PROBE_SHRINK) * moment / mean + PROBE_SHRINK * identity
 
 

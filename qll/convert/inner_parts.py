@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qll.convert.candidates import HALF, tail_energies
 from qll.convert.metric import Metric, factor
+from qll.convert.truncation import truncated
 from qll.tn import LowRank, parts, tensor_shapes
 from qll.tn.network import NetworkSpec
 
@@ -41,13 +42,7 @@ def fit_part(matrix: Tensor, spec: NetworkSpec, metric: Metric) -> parts.Part:
         return matrix
     left = None if metric.left is None else factor(metric.left)
     right = None if metric.right is None else factor(metric.right)
-    seen = matrix if left is None else left.root.mT @ matrix
-    seen = seen if right is None else seen @ right.root
-    network = LowRank.decompose(seen, spec.with_gauge("none")).transform_legs(
-        [None if left is None else left.inverse_transposed],
-        [None if right is None else right.inverse],
-    )
-    return parts.regauged(network, spec.gauge)
+    return parts.regauged(truncated(matrix, spec.ranks[0], left, right), spec.gauge)
 
 
 def block_of(moment: Tensor | None, kept: Tensor) -> Tensor | None:

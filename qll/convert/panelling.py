@@ -15,7 +15,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from qll.convert.metric import Factor, Metric, factor
-from qll.convert.truncation import truncated, weighed
+from qll.convert.truncation import truncated
 from qll.convert.whitened import Whitened, apply_roots
 from qll.tn.network import NetworkSpec
 from qll.tn.panels import Panels, joined
@@ -58,7 +58,7 @@ def importance(
     """
     cut, whole = (metric.left, metric.right) if axis == 0 else (metric.right, metric.left)
     lines = Metric("", right=whole) if axis == 0 else Metric("", left=whole)
-    norms = (weighed(weight, lines) * weight).sum(1 - axis)
+    norms = (lines.weighted(weight) * weight).sum(1 - axis)
     return norms if cut is None else norms * (cut if cut.ndim == 1 else cut.diagonal())
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from qll.convert.metric import Factor, Metric, factor
-from qll.convert.truncation import truncated, weighed
+from qll.convert.truncation import truncated
 from qll.tn.network import NetworkSpec
 from qll.tn.sparse import Sparse, assembled, largest
 
@@ -76,15 +76,15 @@ def refitted(
     """
     metric = Metric(metric.kind, *(None if m is None else m.to(target) for m in _moments(metric)))
     found = target * mask
-    diagonal = weighed(torch.ones_like(target), _diagonals(metric))
-    residual = weighed(target - found, metric) * mask
+    diagonal = _diagonals(metric).weighted(torch.ones_like(target))
+    residual = metric.weighted(target - found) * mask
     step = residual / diagonal
     slope = (residual * step).sum()
     start = slope
     for _ in range(steps):
         if not slope > 1e-24 * start:
             break
-        image = weighed(step, metric) * mask
+        image = metric.weighted(step) * mask
         length = slope / (step * image).sum()
         found = found + length * step
         residual = residual - length * image

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from qll.convert.metric import Factor, Metric
-from qll.convert.truncation import weighed
 from qll.convert.whitened import Whitened, apply_roots
 from qll.tn.network import MatrixNetwork
 
@@ -70,14 +69,14 @@ def solved(
             variable = core.clone().requires_grad_()
             return torch.autograd.grad((matrix(variable) * error).sum(), variable)[0]
 
-    residual = gradient(weighed(target - matrix(core), metric))
+    residual = gradient(metric.weighted(target - matrix(core)))
     direction, slope = residual, float(residual.square().sum())
     start = slope
     for _ in range(steps):
         if not slope > 1e-24 * start:
             break
         image = matrix(direction)
-        pulled = weighed(image, metric)
+        pulled = metric.weighted(image)
         length = slope / float((image * pulled).sum())
         core = core + length * direction
         residual = residual - length * gradient(pulled)

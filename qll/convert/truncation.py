@@ -1,11 +1,11 @@
-"""Two steps that the fits of several formats share: truncate in a metric, weigh an error by it."""
+"""The low-rank truncation of a matrix in a metric, a step of the fits of several formats."""
 
 from __future__ import annotations
 
 from jaxtyping import Float
 from torch import Tensor
 
-from qll.convert.metric import Factor, Metric
+from qll.convert.metric import Factor
 from qll.tn.lowrank import LowRank
 from qll.tn.network import NetworkSpec
 
@@ -29,19 +29,3 @@ def truncated(
         [None if left is None else left.inverse_transposed],
         [None if right is None else right.inverse],
     )
-
-
-def weighed(error: Float[Tensor, "out into"], metric: Metric) -> Float[Tensor, "out into"]:
-    """G_out error G_in: half the gradient of the squared metric error.
-
-    >>> import torch
-    >>> weighed(torch.ones(1, 2), Metric("kfac", right=torch.tensor([1.0, 2.0]))).tolist()
-    [[1.0, 2.0]]
-    """
-    if metric.left is not None:
-        left = metric.left
-        error = left[:, None] * error if left.ndim == 1 else left @ error
-    if metric.right is not None:
-        right = metric.right
-        error = error * right if right.ndim == 1 else error @ right
-    return error

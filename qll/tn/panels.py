@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import ClassVar
 
 import torch
@@ -154,7 +154,7 @@ class Panels:
         places = flat if order is None else order.index_select(0, flat)
         found = self.cores[0].new_zeros(flat.shape[0], self.spec.shape[1])
         starts = (0, *accumulate(self.spec.modes["rows"]))
-        for part, start, stop in zip(parts, starts, starts[1:], strict=False):
+        for part, (start, stop) in zip(parts, pairwise(starts), strict=True):
             inside = ((places >= start) & (places < stop)).nonzero().squeeze(1)
             found = found.index_copy(0, inside, part.rows(places[inside] - start))
         return found.reshape(*ids.shape, self.spec.shape[1])

@@ -41,6 +41,31 @@ def test_it_is_nearer_to_the_dense_model_than_the_closed_form(best, tiny_checkpo
     assert fast["compression"]["keep"] == best["compression"]["keep"]
 
 
+def test_a_text_too_short_to_train_on_is_refused_before_anything_is_measured(
+    tiny_checkpoint, tmp_path, capsys
+):
+    text = tmp_path / "short.txt"
+    text.write_text("A few words, and a few more of them.\n" * 8)
+    flags = ["--llama_dir", str(tiny_checkpoint), "--calib_text", str(text)]
+    flags += ["--calib_tokens", "64", "--context", "16", "--train_context", "96"]
+    assert main([*flags, "--out", str(tmp_path / "out")]) == 3
+    error = capsys.readouterr().err
+    assert "too little text to refine on" in error
+    assert "[calibrate]" not in error
+    assert main(["calibrate", *flags, "--out", str(tmp_path / "moments")]) == 0
+
+
+def test_an_attempt_that_was_killed_is_named_in_the_warnings(tiny_checkpoint, tmp_path):
+    out = tmp_path / "out"
+    flags = ["--llama_dir", str(tiny_checkpoint), *QUICK, "--out", str(out), "--effort", "fast"]
+    assert main(["plan", *flags]) == 0
+    with open(out / "events.jsonl", "a") as events:
+        events.write(json.dumps({"event": "started", "stage": "convert"}) + "\n")
+    assert main(flags) == 0
+    warnings = json.loads((out / "report.json").read_text())["warnings"]
+    assert [line for line in warnings if "killed during convert" in line]
+
+
 def test_bits_are_packed_from_what_was_trained(best, tiny_checkpoint, tmp_path):
     packed = run(
         tiny_checkpoint,

@@ -148,7 +148,6 @@ def test_commands_name_no_folder_of_this_machine(tmp_path, monkeypatch):
     assert not re.search(r"(^|\s|=)/", command)
 
 
-@pytest.mark.skipif(not results_page.has("quality"), reason="no cell of the table is there")
 def test_the_result_file_records_what_it_depends_on():
     result = json.loads((results_page.RESULTS / "quality.json").read_text())
     assert {"platform", "cpu", "cores"} <= set(result["machine"])

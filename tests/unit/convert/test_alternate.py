@@ -106,6 +106,16 @@ def test_a_core_without_numbers_is_no_obstacle():
         assert round_network(each, PACKING, [plain()]).losses[-1] < 0.01
 
 
+def test_a_long_side_is_seen_by_its_diagonal(monkeypatch):
+    network, metrics = fitted("mpo")
+    monkeypatch.setattr("qll.convert.alternate.MOST_COUPLED", 1)
+    left, right = Problem(network, metrics, PACKING).pair(list(network.cores), 1)
+    assert (left.ndim, right.ndim) == (1, 2)
+    found = round_network(network, PACKING, metrics)
+    problem = Problem(network, metrics, PACKING)
+    assert found.losses[-1] * problem.norm < problem.loss(nearest(network))
+
+
 def test_a_dense_matrix_with_few_columns_is_grouped_down_its_rows():
     weight = torch.randn(40, 3, dtype=torch.float64)
     metric = metric_of(moments(40, 3, seed=1), "kfac")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from qll.config import ConvertOptions
 from qll.convert import RefineSettings, convert_units, make_plan, measured_again, refine
 from qll.convert.assemble import block_tensors
+from qll.errors import TextError
 from qll.load import open_source
 from qll.model.blocks import build_block, build_network_block, run_block
 from tests.conftest import VOCAB
@@ -47,6 +49,20 @@ def test_resumed_after_one_block_it_leaves_the_same_bytes(tiny_hf_folder, tmp_pa
     assert refined(job, broken) == facts
     for name in ("block.0000.safetensors", "block.0001.safetensors"):
         assert (whole / "refined" / name).read_bytes() == (broken / "refined" / name).read_bytes()
+
+
+def test_finished_blocks_are_not_run_again(tiny_hf_folder, tmp_path, monkeypatch):
+    job = prepared(tiny_hf_folder, tmp_path)
+    facts = refined(job, tmp_path)
+    monkeypatch.setattr("qll.convert.refinement._refine_one", None)
+    assert refined(job, tmp_path) == facts
+
+
+def test_of_two_windows_one_is_held_out_and_one_window_is_refused(tiny_hf_folder, tmp_path):
+    job = prepared(tiny_hf_folder, tmp_path)
+    assert len(refined(job, tmp_path, windows=WINDOWS[:2])) == 2
+    with pytest.raises(TextError, match="too little text to refine on"):
+        refined(job, tmp_path / "one", windows=WINDOWS[:1])
 
 
 def test_streams_on_disk_give_the_same(tiny_hf_folder, tmp_path, monkeypatch):

@@ -31,11 +31,13 @@ from qll.convert.digits import significant
 from qll.convert.metric import SHRINK_GRAD, factor, shrink
 from qll.convert.plan import Plan
 from qll.convert.stored import trained_path
+from qll.errors import TextError
 from qll.load import Source
 from qll.model.blocks import build_block, build_network_block, embed, run_block
 from qll.train import Optimiser, autocast, prepare_training
 
-HELD_OUT = 8  # one window in so many is not trained on
+HELD_OUT = 8  # one window in so many is not trained on, and the last of fewer
+REPORTED = ("error_before", "error_after", "best_pass")
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,12 @@ def refine(
     closed form. Blocks that an earlier call finished are only run.
     """
     journal = Journal(work, _job(plan, windows, settings))
+    layers = source.config.num_hidden_layers
+    if all(journal.facts(_file(index)) is not None for index in range(layers)):
+        return [_reported(journal, index) for index in range(layers)]
+    require_held_out(windows)
     d_model = source.config.hidden_size
     streams = Streams(work, (*windows.shape, d_model), count=4)
-    layers = source.config.num_hidden_layers
     reached = [i for i in range(layers + 1) if streams.find(f"converted.{i}") is not None]
     if not reached:
         for name in ("original.0", "converted.0"):
@@ -98,14 +103,11 @@ def refine(
             _refine_one(
                 source, plan, options, moments, index, cores, journal, streams, settings, device
             )
-        line = journal.facts(_file(index))
-        facts.append({"block": index, **{key: line[key] for key in REPORTED}})
+        line = _reported(journal, index)
+        facts.append(line)
         bar.set_postfix_str(f"error {line['error_before']:.3f} -> {line['error_after']:.3f}")
     streams.close()
     return facts
-
-
-REPORTED = ("error_before", "error_after", "best_pass")
 
 
 def refine_block(
@@ -117,10 +119,9 @@ def refine_block(
     form). Raises NonFiniteError when the loss is not a number.
     """
     device = trained[0].device
-    count = len(task.inputs)
-    held = torch.arange(count) % HELD_OUT == HELD_OUT - 1 if count >= HELD_OUT else None
-    used = torch.arange(count) if held is None else torch.arange(count)[~held]
-    checked = used if held is None else torch.arange(count)[held]
+    numbers = torch.arange(len(task.inputs))
+    held = numbers % HELD_OUT == min(HELD_OUT, len(numbers)) - 1
+    used, checked = numbers[~held], numbers[held]
     size = max(1, settings.batch_tokens // task.inputs.shape[1])
     optimiser = Optimiser(trained, settings.rate, settings.passes * math.ceil(len(used) / size))
     before = best = _held_out_error(block, task, checked, size, settings, device)
@@ -239,6 +240,25 @@ def _run_stream(
     for number in range(len(before)):
         with autocast(precision, device):
             after[number] = run_block(block, before[number : number + 1].to(device))[0].cpu()
+
+
+def require_held_out(windows: Int[Tensor, "windows context"]) -> None:
+    """Raise TextError for windows too few to train on some and hold out others.
+
+    >>> require_held_out(torch.zeros(2, 4, dtype=torch.long))
+    """
+    if len(windows) < 2:
+        raise TextError(
+            "too little text to refine on",
+            expected="at least 2 windows, one of them held out",
+            found=len(windows),
+            hint="raise --refine_tokens, shorten --train_context, or use --effort fast",
+        )
+
+
+def _reported(journal: Journal, index: int) -> dict[str, Any]:
+    line = journal.facts(_file(index))
+    return {"block": index, **{key: line[key] for key in REPORTED}}
 
 
 def _file(index: int) -> str:
