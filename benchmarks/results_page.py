@@ -45,26 +45,19 @@ def page() -> str:
 
 
 def readme(text: str) -> str:
-    """`text` with the table between its markers replaced."""
+    """`text` with the part between its markers replaced."""
     before, rest = text.split(MARKERS[0])
     after = rest.split(MARKERS[1])[1]
-    result = read("main_job")
-    return f"{before}{MARKERS[0]}\n{summary(result)}\n{MARKERS[1]}{after}"
+    shown = summary(read("main_job")["demo"], read("quality"))
+    return f"{before}{MARKERS[0]}\n{shown}\n{MARKERS[1]}{after}"
 
 
-def summary(result: dict[str, Any]) -> str:
+def summary(demo: dict[str, Any], quality: dict[str, Any]) -> str:
     """What the README shows: the demo in one sentence, the comparison as a table."""
-    demo = result["demo"]
     seconds, memory = demo["wall_seconds"], demo["peak_rss_bytes"]
-    return "\n".join(
-        [
-            f"SmolLM2-135M on {result['machine']['cores']} CPU cores: `make demo` takes "
-            f"{seconds / 60:.1f} minutes and {memory / 1e9:.1f} GB. At `--keep 0.8`, perplexity "
-            f"over the dense model's, stored parameters beside it, "
-            f"{result['eval_tokens']:,} tokens:",
-            "",
-            text_table("wikitext", result["rows"]),
-        ]
+    return (
+        f"SmolLM2-135M on {quality['machine']['cores']} CPU cores: `make demo` takes "
+        f"{seconds / 60:.1f} minutes and {memory / 1e9:.1f} GB. {quality_page.summary(quality)}"
     )
 
 
