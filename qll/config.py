@@ -60,8 +60,8 @@ class ConvertOptions:
     """Share of the embedding (and output head) parameters to keep; 1 leaves them dense."""
     dtype: Dtype = "auto"
     """Dtype of the saved tensors; auto is the source's (float32 for quantised GGUF files)."""
-    bits: Literal[0, 4, 8] = 0
-    """Store the block linears (cores and dense matrices) as integers of 4 or 8 bits; 0 does not."""
+    bits: Literal[0, 2, 3, 4, 8] = 0
+    """Store the block linears (cores and dense matrices) as integers of this width; 0 does not."""
     bits_group: int = 32
     """Numbers that share a scale of 16 bits under --bits."""
 
@@ -131,6 +131,10 @@ class TrainOptions:
     """Tokens of distillation of the whole model (fast 0, balanced 0, best 393,216)."""
     heal_rate: float = 1.5e-4
     """Highest learning rate of the healing."""
+    tune_tokens: int | None = None
+    """Under --bits, tokens of distillation that train scales, codes fixed (0, 0, best 131,072)."""
+    tune_rate: float = 1e-3
+    """Highest learning rate of the scales, relative to themselves, and of the norm gains."""
     train_context: int = 512
     """Tokens per training window."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -139,10 +143,10 @@ class TrainOptions:
     def __post_init__(self) -> None:
         for name, least in (("refine_tokens", 2), ("train_context", 2)):
             _require_positive(f"--{name}", getattr(self, name), least)
-        for name in ("refine_passes", "heal_tokens"):
+        for name in ("refine_passes", "heal_tokens", "tune_tokens"):
             if getattr(self, name) is not None:
                 _require_positive(f"--{name}", getattr(self, name), least=0)
-        for name in ("refine_rate", "heal_rate"):
+        for name in ("refine_rate", "heal_rate", "tune_rate"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UsageError(
                     "not a learning rate",
@@ -162,6 +166,12 @@ class TrainOptions:
         """Tokens of healing."""
         by_effort = {"fast": 0, "balanced": 0, "best": 393216}
         return by_effort[self.effort] if self.heal_tokens is None else self.heal_tokens
+
+    @property
+    def tuning(self) -> int:
+        """Tokens of training of the scales of packed numbers."""
+        by_effort = {"fast": 0, "balanced": 0, "best": 131072}
+        return by_effort[self.effort] if self.tune_tokens is None else self.tune_tokens
 
 
 @dataclass(frozen=True)

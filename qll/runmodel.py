@@ -7,10 +7,12 @@ was and an edited plan starts anew.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from qll import store
 from qll.calibrate import MomentStore
@@ -48,15 +50,21 @@ def make_model(state: Run, moments: MomentStore | None, plan: Plan) -> dict[str,
     if train.healing and is_lossy:
         refined, trained = trained, plan_folder(state, "healed")
         training["heal"] = timed(state, "heal", heal_model, plan, refined, trained)
+    if state.config.convert.bits:
+        records = timed(state, "pack", pack, moments, plan, trained, records)
+        if train.tuning:
+            healed, trained = trained, plan_folder(state, "tuned")
+            training["tune"] = timed(state, "tune", tune_scales, plan, healed, trained)
     return timed(state, "write", write_model, moments, plan, records, training, trained)
 
 
 def require_training_text(state: Run) -> None:
     """Raise TextError before anything is measured when the texts are too short to train on."""
     train = state.config.train
-    if state.config.convert.keep == 1.0:
-        return  # exact: nothing is trained
-    for tokens in (train.refine_tokens * bool(train.passes), train.healing):
+    tuning = train.tuning * bool(state.config.convert.bits)
+    wanted = [train.refine_tokens * bool(train.passes), train.healing]
+    # at keep 1 the closed form is exact, and nothing but scales is trained
+    for tokens in (*(wanted if state.config.convert.keep < 1.0 else ()), tuning):
         if tokens:
             require_held_out(calibration_windows(state, tokens, train.train_context))
 
@@ -105,13 +113,52 @@ def heal_model(state: Run, plan: Plan, refined: Path | None, trained: Path) -> d
     assemble_folder(state, plan, refined, start, as_float=True)
     dense = load_dense(state.source, torch.float32, state.device)
     converted = load(start, device=state.device, dtype=torch.float32, verify=False)
-    precision = choose_precision(train.precision, state.device)
-    settings = HealSettings(
-        train.healing, train.heal_rate, precision=precision, seed=state.config.seed
-    )
-    windows = calibration_windows(state, train.healing, train.train_context)
-    facts = heal(dense, converted, windows, trained, settings)
+    facts = distil(state, dense, converted, train.healing, train.heal_rate, trained)
     save_trained(converted, trained)
+    store.write_json(trained / "facts.json", facts)
+    store.remove(start)
+    return facts
+
+
+def distil(
+    state: Run, dense: Any, converted: Any, tokens: int, rate: float, work: Path
+) -> dict[str, Any]:
+    """Train what can be trained of `converted` on the calibration texts; returns the facts."""
+    train = state.config.train
+    precision = choose_precision(train.precision, state.device)
+    settings = HealSettings(tokens, rate, precision=precision, seed=state.config.seed)
+    windows = calibration_windows(state, tokens, train.train_context)
+    return heal(dense, converted, windows, work, settings)
+
+
+def pack(
+    state: Run,
+    moments: MomentStore | None,
+    plan: Plan,
+    trained: Path | None,
+    records: list[dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """The integers of --bits beside the cores; returns the records with their errors."""
+    options, cores = state.config.convert, cores_of(state)
+    return quantise_units(
+        state.source, moments, plan, options, cores, trained, state.events, records
+    )
+
+
+def tune_scales(state: Run, plan: Plan, healed: Path | None, trained: Path) -> dict[str, Any]:
+    """Scales of the packed model and norm gains trained against the dense one."""
+    from qll.model import load, load_dense, make_scales_trainable, tuned_scales
+
+    if (trained / "facts.json").is_file():
+        return store.read_json(trained / "facts.json")
+    train = state.config.train
+    start = state.work / "start"
+    assemble_folder(state, plan, healed, start)
+    dense = load_dense(state.source, torch.float32, state.device)
+    converted = load(start, device=state.device, dtype=torch.float32, verify=False)
+    make_scales_trainable(converted)
+    facts = distil(state, dense, converted, train.tuning, train.tune_rate, trained)
+    save_trained(converted, trained, tuned_scales(converted))
     store.write_json(trained / "facts.json", facts)
     store.remove(start)
     return facts
@@ -129,9 +176,8 @@ def write_model(
     from qll.model import commit_folder
 
     options, cores, source = state.config.convert, cores_of(state), state.source
-    if trained is not None:
+    if trained is not None and ("tune" in training or not options.bits):
         records = measured_again(source, moments, plan, options, cores, trained, records)
-    records = quantise_units(source, moments, plan, options, cores, trained, state.events, records)
     assemble_folder(state, plan, trained, state.model)
     facts = {
         "source": state.source.fingerprint,
@@ -140,8 +186,9 @@ def write_model(
         "training": training,
     }
     commit_folder(state.model, facts)
-    for folder in (cores_of(state), plan_folder(state, "refined"), plan_folder(state, "healed")):
-        store.remove(folder)
+    store.remove(cores_of(state))
+    for name in ("refined", "healed", "tuned"):
+        store.remove(plan_folder(state, name))
     return facts
 
 
@@ -164,16 +211,14 @@ def assemble_folder(
     )
 
 
-def save_trained(model: Any, folder: Path) -> None:
-    """The parameters that training moves, one file per block, for `assemble`."""
+def save_trained(model: Any, folder: Path, scales: Mapping[str, Tensor] | None = None) -> None:
+    """The tensors that training moves, one file per block, for `assemble`."""
+    moved = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    moved |= scales or {}
     layers = model.config.num_hidden_layers
     for block in [*range(layers), None]:
         prefix = "model.norm." if block is None else f"model.layers.{block}."
-        tensors = {
-            name: parameter.detach().cpu()
-            for name, parameter in model.named_parameters()
-            if name.startswith(prefix)
-        }
+        tensors = {name: t.cpu() for name, t in moved.items() if name.startswith(prefix)}
         store.write_tensors(trained_path(folder, block), tensors)
 
 

@@ -74,7 +74,8 @@ def block_tensors(
     tensors: dict[str, Tensor] = {}
     for entry in plan.of_block(block):
         if options.bits and not as_float and block is not None:
-            tensors |= load_file(unit_path(cores, entry, packed=True))
+            packed = load_file(unit_path(cores, entry, packed=True))
+            tensors |= with_trained(packed, trained, block)
         else:
             tensors |= unit_tensors(cores, trained, entry)
     if block is None and source.config.tie_word_embeddings:

@@ -32,7 +32,7 @@ from qll.convert.units import tensor_path
 from qll.convert.weights import metrics_of, read_weights
 from qll.load import Source
 from qll.tn import build, tensor_shapes
-from qll.tn.packed import Packing, pack
+from qll.tn.packed import Packing, dequantise, pack
 from qll.tn.rounding import Rounded
 
 JOURNAL = "packed.jsonl"
@@ -116,6 +116,22 @@ def quantise_tensors(
     for k, rounded in enumerate(found.rounded):
         packed |= _named(f"{path}.cores.{k}", rounded, packing)
     return packed, comparable_members(found.network, weights)
+
+
+def unpacked_tensors(entry: PlanEntry, tensors: Tensors, packing: Packing) -> Tensors:
+    """The float tensors of `entry` that packed ones stand for; the inverse of quantise_tensors."""
+    found = {}
+    shapes = zip(entry.unit.members, entry.unit.shapes, strict=True)
+    if entry.spec is None:
+        named = {f"{member}.weight": (member, shape) for member, shape in shapes}
+    else:
+        path, cores = tensor_path(entry.unit.members), tensor_shapes(entry.spec).cores
+        named = {f"{path}.cores.{k}": (f"{path}.cores.{k}", s) for k, s in enumerate(cores)}
+        found = {name: t for name, t in tensors.items() if name.startswith(f"{path}.indices.")}
+    for name, (stored, shape) in named.items():
+        parts = tensors[f"{stored}.packed"], tensors[f"{stored}.scales"].float()
+        found[name] = dequantise(*parts, shape, packing)
+    return found
 
 
 def _pack_unit(

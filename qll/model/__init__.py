@@ -11,7 +11,7 @@ from qll.model.groups import TNGroup, TNMember, group_path
 from qll.model.layers import TNEmbedding, TNLinear, TNTiedHead
 from qll.model.llama_tn import LlamaTNConfig, LlamaTNForCausalLM
 from qll.model.norms import fold_gain, gain_of
-from qll.model.packed import PackedLinear, PackedTensor
+from qll.model.packed import PackedLinear, PackedTensor, make_scales_trainable, tuned_scales
 from qll.model.quantizer import TNConfig
 from qll.model.swap import insert_networks, packed_numbers, stored_shapes
 
@@ -41,8 +41,10 @@ __all__ = [
     "load",
     "load_dense",
     "logits_fingerprint",
+    "make_scales_trainable",
     "packed_numbers",
     "run_block",
     "stored_shapes",
+    "tuned_scales",
     "write_static_files",
 ]

@@ -5,11 +5,13 @@
 
 The first use turns the codes into floating point numbers in the dtype of the scales (that of the
 model) and keeps them until the buffers change: a folder is as small as its packed bytes, a model
-that has run is as large as an unpacked one. Packed numbers are buffers, so nothing trains them.
+that has run is as large as an unpacked one. Codes are buffers, so nothing trains them; `trainable`
+gives every scale a gain that can be trained.
 """
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -19,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qll.errors import IntegrityError
-from qll.tn.packed import SCALE_DTYPE, Packing, dequantise
+from qll.tn.packed import SCALE_DTYPE, Packing, dequantise, group_axis, scaled, unpack
 
 Packings = Mapping[str, Packing]
 
@@ -47,10 +49,13 @@ class PackedTensor(nn.Module):
         scales = torch.full(sizes["scales"], torch.nan, dtype=dtype or SCALE_DTYPE, device=device)
         self.register_buffer("packed", codes)
         self.register_buffer("scales", scales)
+        self.gains: nn.Parameter | None = None
         self._memo: tuple[Any, Tensor] | None = None
 
     def values(self) -> Float[Tensor, "..."]:
         """The tensor, in the dtype of the scales; the same object until a buffer changes."""
+        if self.gains is not None:
+            return scaled(self._codes, self.scales * self.gains, self.shape, self.packing.group)
         if torch.compiler.is_compiling():
             return dequantise(self.packed, self.scales, self.shape, self.packing)
         state = tuple(_state(tensor) for tensor in (self.packed, self.scales))
@@ -60,6 +65,18 @@ class PackedTensor(nn.Module):
                 found = dequantise(self.packed, self.scales, self.shape, self.packing)
             self._memo = (state, found)
         return self._memo[1]
+
+    def trainable(self) -> None:
+        """Give every scale a factor of 1 that can be trained; the codes stay.
+
+        >>> held = PackedTensor((6, 40), Packing(4, 32))
+        >>> held.trainable(); held.gains.shape
+        torch.Size([6, 2])
+        """
+        rows = math.prod(self.shape) // self.shape[group_axis(self.shape, self.packing.group)]
+        codes = unpack(self.packed, self.packing.bits, rows, math.prod(self.shape) // rows)
+        self._codes = codes
+        self.gains = nn.Parameter(torch.ones_like(self.scales))
 
     def extra_repr(self) -> str:
         """Shape, bits and group, for print(model)."""
@@ -103,6 +120,21 @@ class PackedLinear(PackedTensor):
         return nn.functional.linear(x, self.values())
 
 
+def make_scales_trainable(model: nn.Module) -> None:
+    """Every packed tensor of `model` gets a factor per scale that can be trained."""
+    for module in _packed(model).values():
+        module.trainable()
+
+
+def tuned_scales(model: nn.Module) -> dict[str, Float[Tensor, "rows groups"]]:
+    """The scales by name in the checkpoint, times what training made of their factors."""
+    return {
+        f"{name}.scales": (module.scales * module.gains).detach().to(SCALE_DTYPE)
+        for name, module in _packed(model).items()
+        if module.gains is not None
+    }
+
+
 def packed_shapes(name: str, shape: tuple[int, ...], packing: Packing) -> dict[str, tuple]:
     """Names and shapes of the two tensors that hold the tensor at `name`.
 
@@ -121,6 +153,10 @@ def require_finite(scales: Float[Tensor, "rows groups"], where: object) -> None:
             found=f"{int((~torch.isfinite(scales)).sum())} of {scales.numel()}",
             hint="copy the folder again, or convert again",
         )
+
+
+def _packed(model: nn.Module) -> dict[str, PackedTensor]:
+    return {n: module for n, module in model.named_modules() if isinstance(module, PackedTensor)}
 
 
 def _state(tensor: Tensor) -> tuple[Any, ...]:

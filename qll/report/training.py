@@ -33,4 +33,10 @@ def training_words(report: Mapping[str, Any]) -> list[str]:
         words.append(
             f"{done} on {heal['tokens']:,} tokens: held-out KL {before} to {after} nats per token"
         )
+    if tune := training.get("tune"):
+        before, after = (units.number(tune[key]) for key in ("kl_before", "kl_after"))
+        done = "scales tuned" if tune["kept"] else "tuning of scales undone"
+        words.append(
+            f"{done} on {tune['tokens']:,} tokens: held-out KL {before} to {after} nats per token"
+        )
     return words

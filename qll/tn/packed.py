@@ -3,8 +3,8 @@
 A group is `group` neighbours along one axis of a tensor; number = scale * code with a code of
 `bits` bits, -2^(bits-1) .. 2^(bits-1) - 1. A scale may be negative: the code range has one level
 more below zero, and the sign says on which side the group needs it. Scales are bfloat16: the range
-of float32, and exact in whatever wider dtype they are read. Codes are packed without gaps, for 4
-bits the earlier of two in the low nibble.
+of float32, and exact in whatever wider dtype they are read. Codes are packed without gaps, the
+earlier one in the lower bits.
 
 >>> packing = Packing(bits=4, group=32)
 >>> packing.shapes((6, 40)), packing.num_bytes((6, 40))
@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int8, Shaped, UInt8
-from torch import Tensor
+from jaxtyping import Float, Int8, Int32, Shaped, UInt8
+from torch import Tensor, nn
 
 from qll.errors import ConfigError
 
-BITS = (4, 8)
+BITS = (2, 3, 4, 8)
+WORD = 8  # codes of `bits` bits that fill `bits` whole bytes
 SCALE_DTYPE = torch.bfloat16
 
 
@@ -113,12 +114,31 @@ def pack(codes: Int8[Tensor, "rows length"], bits: int) -> UInt8[Tensor, " bytes
     >>> pack(torch.tensor([[-8, 7, 0]], dtype=torch.int8), 4).tolist()
     [240, 8]
     """
-    shifted = (codes.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8).reshape(-1)
+    shifted = codes.reshape(-1).to(torch.int32) + (1 << (bits - 1))
     if bits == 8:
-        return shifted
-    if shifted.numel() % 2:
-        shifted = torch.cat((shifted, shifted.new_zeros(1)))
-    return shifted[::2] | (shifted[1::2] << 4)
+        return shifted.to(torch.uint8)
+    size = -(-shifted.numel() * bits // 8)
+    words = nn.functional.pad(shifted, (0, -shifted.numel() % WORD)).reshape(-1, WORD)
+    words = (words << _places(bits, WORD, words)).sum(1, dtype=torch.int32)
+    return ((words[:, None] >> _places(8, bits, words)) & 255).to(torch.uint8).reshape(-1)[:size]
+
+
+def unpack(
+    packed: UInt8[Tensor, " bytes"], bits: int, rows: int, length: int
+) -> Int8[Tensor, "rows length"]:
+    """The inverse of `pack`.
+
+    >>> codes = torch.tensor([[-4, 3, 0], [1, -1, 2]], dtype=torch.int8)
+    >>> torch.equal(unpack(pack(codes, 3), 3, 2, 3), codes)
+    True
+    """
+    half = 1 << (bits - 1)
+    if bits == 8:
+        return (packed.to(torch.int16) - half).to(torch.int8).reshape(rows, length)
+    words = nn.functional.pad(packed, (0, -packed.numel() % bits)).reshape(-1, bits)
+    words = (words.to(torch.int32) << _places(8, bits, packed)).sum(1, dtype=torch.int32)
+    codes = (words[:, None] >> _places(bits, WORD, packed)) & ((1 << bits) - 1)
+    return (codes - half).to(torch.int8).reshape(-1)[: rows * length].reshape(rows, length)
 
 
 def dequantise(
@@ -134,13 +154,28 @@ def dequantise(
     >>> dequantise(packed, scales, (1, 3), Packing(4, 32)).tolist()
     [[-4.0, 3.5, 0.0]]
     """
-    rows, length = _rows_and_length(shape, packing.group)
-    codes = packed
-    if packing.bits == 4:
-        codes = torch.stack((packed & 15, packed >> 4), dim=-1).reshape(-1)[: rows * length]
-    numbers = (codes.to(scales.dtype) + packing.levels[0]).reshape(rows, length)
-    numbers = numbers * scales.repeat_interleave(packing.group, dim=1)[:, :length]
-    return from_rows(numbers, shape, packing.group).contiguous()
+    codes = unpack(packed, packing.bits, *_rows_and_length(shape, packing.group))
+    return scaled(codes, scales, shape, packing.group)
+
+
+def scaled(
+    codes: Int8[Tensor, "rows length"],
+    scales: Float[Tensor, "rows groups"],
+    shape: tuple[int, ...],
+    group: int,
+) -> Float[Tensor, "..."]:
+    """The tensor of `shape` whose groups are codes times their scale; differentiable in these.
+
+    >>> scaled(torch.tensor([[-8, 7]], dtype=torch.int8), torch.tensor([[0.5]]), (1, 2), 32)
+    tensor([[-4.0000,  3.5000]])
+    """
+    spread = scales.repeat_interleave(group, dim=1)[:, : codes.shape[1]]
+    return from_rows(codes.to(scales.dtype) * spread, shape, group).contiguous()
+
+
+def _places(step: int, count: int, like: Tensor) -> Int32[Tensor, " count"]:
+    """How far the parts of a word are shifted."""
+    return step * torch.arange(count, dtype=torch.int32, device=like.device)
 
 
 def _rows_and_length(shape: tuple[int, ...], group: int) -> tuple[int, int]:

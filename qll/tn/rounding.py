@@ -32,7 +32,12 @@ from qll.tn.packed import SCALE_DTYPE, Packing
 ROW_BLOCK = 64
 # Scales that are tried put the number of largest magnitude at the outermost level times one of
 # these. Above 1: numbers grow while what was lost before them is added.
-REACH = {4: np.arange(0.6, 1.16, 0.025), 8: np.arange(0.9, 1.21, 0.02)}
+REACH = {
+    2: np.arange(0.4, 1.31, 0.05),
+    3: np.arange(0.5, 1.21, 0.025),
+    4: np.arange(0.6, 1.16, 0.025),
+    8: np.arange(0.9, 1.21, 0.02),
+}
 
 
 @dataclass(frozen=True)

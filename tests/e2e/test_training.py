@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from qll.cli import main
 from tests.e2e.conftest import QUICK
@@ -70,9 +72,33 @@ def test_bits_are_packed_from_what_was_trained(best, tiny_checkpoint, tmp_path):
     packed = run(
         tiny_checkpoint,
         tmp_path / "out",
-        *("--effort", "best", "--heal_tokens", "4096", "--bits", "8"),
+        *("--effort", "best", "--heal_tokens", "4096", "--bits", "8", "--tune_tokens", "0"),
     )
     assert packed["compression"]["bytes_ratio"] < 0.6 * best["compression"]["bytes_ratio"] + 0.4
     for name, text in best["quality"]["texts"].items():
         found = packed["quality"]["texts"][name]["converted"]["ppl"]
         assert found == pytest.approx(text["converted"]["ppl"], rel=0.01)
+
+
+def test_tuned_scales_are_nearer_to_the_dense_model_with_the_same_codes(tiny_checkpoint, tmp_path):
+    flags = ("--effort", "fast", "--bits", "3")
+    rounded = run(tiny_checkpoint, tmp_path / "rounded", *flags)
+    tuned = run(tiny_checkpoint, tmp_path / "tuned", *flags, "--tune_tokens", "16384")
+    facts = tuned["compression"]["training"]["tune"]
+    assert facts["kept"]
+    assert facts["kl_after"] < facts["kl_before"]
+    for name, text in rounded["quality"]["texts"].items():
+        assert tuned["quality"]["texts"][name]["kl"] < text["kl"]
+    first, second = (
+        load_file(tmp_path / name / "model" / "model-00001-of-00003.safetensors")
+        for name in ("rounded", "tuned")
+    )
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        same = torch.equal(tensor, second[name])
+        assert same == (not name.endswith((".scales", "norm.weight"))), name
+    errors = [
+        {row["name"]: row["rel_error"] for row in report["compression"]["per_matrix"]}
+        for report in (rounded, tuned)
+    ]
+    assert errors[0] != errors[1]

@@ -14,7 +14,7 @@ def stored(rounded, shape, packing):
     return dequantise(pack(rounded.codes, packing.bits), rounded.scales.double(), shape, packing)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shapes_and_bytes_are_the_closed_form(shape, bits):
     packing = Packing(bits, 32)
@@ -30,7 +30,7 @@ def test_shapes_and_bytes_are_the_closed_form(shape, bits):
     assert stored(rounded, shape, packing).shape == shape
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_numbers_on_the_grid_are_exact(shape, bits):
     packing = Packing(bits, 32)
@@ -53,7 +53,7 @@ def test_numbers_on_the_grid_are_exact(shape, bits):
         assert torch.equal(rounded.values, rows)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_an_error_is_at_most_half_a_scale_inside_the_grid(bits):
     packing = Packing(bits, 32)
     rows = torch.randn(50, 100, dtype=torch.float64)
@@ -78,7 +78,7 @@ def test_packed_order_does_not_depend_on_the_reader():
     assert pack(torch.tensor([[-128, 127, 0]], dtype=torch.int8), 8).tolist() == [0, 255, 128]
 
 
-@pytest.mark.parametrize(("bits", "group"), [(3, 32), (16, 32), (4, 0), (4, -1)])
+@pytest.mark.parametrize(("bits", "group"), [(5, 32), (16, 32), (4, 0), (4, -1)])
 def test_impossible_packings_are_refused(bits, group):
     with pytest.raises(ConfigError, match="not a packing"):
         Packing.from_json({"bits": bits, "group": group})
