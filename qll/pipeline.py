@@ -22,7 +22,7 @@ from qll.convert import Plan, load_plan, make_plan, saved_dtype
 from qll.errors import UsageError
 from qll.load import Source, builtin_texts, encode, open_source, open_tokenizer, read_text
 from qll.runfolder import Run, claim, is_done, recording, timed, total_seconds
-from qll.runmodel import make_model, require_training_text
+from qll.runmodel import make_model, require_training
 from qll.runsaes import look_at_features, require_saes
 from qll.runtexts import (
     calibration_facts,
@@ -51,7 +51,7 @@ def run(config: MainConfig, until: str = "report") -> Path:
         claim(state)
         store.require_space(config.out, needed_bytes(state))
         if until not in ("calibrate", "plan"):
-            require_training_text(state)
+            require_training(state)
         moments = timed(state, "calibrate", calibrate)
         if until == "calibrate":
             return config.out

@@ -6,6 +6,8 @@ was and an edited plan starts anew.
 
 from __future__ import annotations
 
+import logging
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,9 +31,12 @@ from qll.convert import (
     saved_dtype,
     trained_path,
 )
+from qll.errors import UsageError
 from qll.runfolder import Run, timed
 from qll.runtexts import calibration_windows
-from qll.train import HealSettings, choose_precision, heal
+from qll.train import HealSettings, choose_precision, free_bytes, heal, healing_bytes
+
+logger = logging.getLogger("qll.runmodel")
 
 
 def make_model(state: Run, moments: MomentStore | None, plan: Plan) -> dict[str, Any]:
@@ -47,7 +52,7 @@ def make_model(state: Run, moments: MomentStore | None, plan: Plan) -> dict[str,
     if train.passes and is_lossy:
         trained = plan_folder(state, "refined")
         training["refine"] = timed(state, "refine", refine_blocks, moments, plan, trained)
-    if train.healing and is_lossy:
+    if train.healing and is_lossy and healing_fits(state):
         refined, trained = trained, plan_folder(state, "healed")
         training["heal"] = timed(state, "heal", heal_model, plan, refined, trained)
     if state.config.convert.bits:
@@ -58,15 +63,41 @@ def make_model(state: Run, moments: MomentStore | None, plan: Plan) -> dict[str,
     return timed(state, "write", write_model, moments, plan, records, training, trained)
 
 
-def require_training_text(state: Run) -> None:
-    """Raise TextError before anything is measured when the texts are too short to train on."""
+def require_training(state: Run) -> None:
+    """Raise TextError before anything is measured when the texts are too short to train on, and
+    UsageError when there is too little memory for a healing that was asked for."""
     train = state.config.train
     tuning = train.tuning * bool(state.config.convert.bits)
+    if train.heal_tokens and state.config.convert.keep < 1.0:
+        healing_fits(state)
     wanted = [train.refine_tokens * bool(train.passes), train.healing]
     # at keep 1 the closed form is exact, and nothing but scales is trained
     for tokens in (*(wanted if state.config.convert.keep < 1.0 else ()), tuning):
         if tokens:
             require_held_out(calibration_windows(state, tokens, train.train_context))
+
+
+def healing_fits(state: Run) -> bool:
+    """Whether there is memory to heal; if not, a warning says so, or an error if it was asked for.
+
+    Raises UsageError for --heal_tokens of its own on a machine without the memory.
+    """
+    params = sum(math.prod(spec.shape) for spec in state.source.specs().values())
+    needed = healing_bytes(params, params, state.source.config.vocab_size)
+    free = free_bytes(state.device)
+    if needed <= free:
+        return True
+    facts = f"about {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
+    if state.config.train.heal_tokens is not None:
+        raise UsageError(
+            "too little memory to heal this model",
+            where="--heal_tokens",
+            expected=facts.split(",")[0],
+            found=f"{free / 1e9:.0f} GB free",
+            hint="leave --heal_tokens out, or run on a larger machine",
+        )
+    logger.warning("healing was left out: two models and an optimiser need %s", facts)
+    return False
 
 
 def finished_model(state: Run) -> dict[str, Any] | None:

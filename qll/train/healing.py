@@ -53,6 +53,17 @@ class HealSettings:
     """Order of the windows."""
 
 
+def healing_bytes(params: int, trained: int, d_vocab: int, batch_tokens: int = 1024) -> int:
+    """Memory that `heal` needs at most, of a model of `params` of which `trained` move.
+
+    Two models; gradients, two moments and a copy of what moves; three arrays of logits.
+
+    >>> healing_bytes(8_030_000_000, 6_980_000_000, 128_256) // 10**9  # Llama 3 8B
+    177
+    """
+    return 4 * (2 * params + 4 * trained + 3 * d_vocab * batch_tokens)
+
+
 def heal(
     dense: PreTrainedModel,
     converted: PreTrainedModel,

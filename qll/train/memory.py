@@ -1,4 +1,4 @@
-"""Keep freed memory instead of giving it back to the system and taking it again at every step.
+"""Memory of training: what is free, and freed memory kept instead of taken again at every step.
 
 glibc maps each block of more than 128 kB anew, and the system clears its pages first: a fifth of
 the time of a training step on two CPU cores (2.6 against 2.1 s per 1,024 tokens of a 135M model).
@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import sys
+
+import psutil
+import torch
 
 # malloc.h of glibc; 32 MB is the largest threshold it takes
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
@@ -26,3 +29,14 @@ def keep_freed_memory() -> bool:
         return False
     wanted = ((_MMAP_THRESHOLD, 32 << 20), (_TRIM_THRESHOLD, 1 << 30), (_TOP_PAD, 256 << 20))
     return all(library.mallopt(option, value) == 1 for option, value in wanted)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that could be taken now, on a GPU its own.
+
+    >>> free_bytes(torch.device("cpu")) > 0
+    True
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available

@@ -36,7 +36,7 @@ def test_best_refines_and_heals_and_says_so(best):
 
 
 def test_it_is_nearer_to_the_dense_model_than_the_closed_form(best, tiny_checkpoint, tmp_path):
-    fast = run(tiny_checkpoint, tmp_path / "fast", "--effort", "fast")
+    fast = run(tiny_checkpoint, tmp_path / "fast", "--effort", "fast", "--heal_tokens", "0")
     assert fast["compression"]["training"] == {}
     for name, text in fast["quality"]["texts"].items():
         assert best["quality"]["texts"][name]["kl"] < text["kl"]
@@ -81,7 +81,7 @@ def test_bits_are_packed_from_what_was_trained(best, tiny_checkpoint, tmp_path):
 
 
 def test_tuned_scales_are_nearer_to_the_dense_model_with_the_same_codes(tiny_checkpoint, tmp_path):
-    flags = ("--effort", "fast", "--bits", "3")
+    flags = ("--effort", "fast", "--heal_tokens", "0", "--bits", "3")
     rounded = run(tiny_checkpoint, tmp_path / "rounded", *flags)
     tuned = run(tiny_checkpoint, tmp_path / "tuned", *flags, "--tune_tokens", "16384")
     facts = tuned["compression"]["training"]["tune"]
@@ -102,3 +102,18 @@ def test_tuned_scales_are_nearer_to_the_dense_model_with_the_same_codes(tiny_che
         for report in (rounded, tuned)
     ]
     assert errors[0] != errors[1]
+
+
+def test_without_memory_healing_is_left_out_and_said_or_refused(
+    tiny_checkpoint, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("qll.runmodel.free_bytes", lambda device: 1000)
+    words = [word for word in QUICK if word not in ("--heal_tokens", "1024")]
+    words = ["--llama_dir", str(tiny_checkpoint), *words, "--refine_tokens", "1024"]
+    words += ["--train_context", "64", "--keep", "0.5"]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert "heal" not in report["compression"]["training"]
+    assert [line for line in report["warnings"] if "healing was left out" in line]
+    assert main([*words, "--heal_tokens", "1024", "--out", str(tmp_path / "asked")]) == 2
+    assert "too little memory to heal" in capsys.readouterr().err
