@@ -48,6 +48,9 @@ class ConvertOptions:
     """Norm in which weights are truncated: K-FAC (inputs and output gradients), inputs, or none."""
     allocation: Literal["global", "uniform"] = "global"
     """One budget over all matrices by predicted loss, or equal shares (auto is then lowrank)."""
+    losses: Literal["predicted", "depth", "measured"] = "predicted"
+    """What the budget minimises: losses predicted in the metric, these weighted by depth, or scaled
+    to a KL divergence measured per kind of matrix and depth."""
     gauge: Literal["interpolative", "none"] = "interpolative"
     """Store an identity block per bond for free, or every number of every core."""
     sites: int = 3

@@ -18,7 +18,15 @@ import torch
 from qll import store
 from qll.calibrate import MomentStore, collect
 from qll.config import EvalConfig, GenerateConfig, MainConfig
-from qll.convert import Plan, load_plan, make_plan, saved_dtype
+from qll.convert import (
+    TRIAL_CONTEXT,
+    TRIAL_TOKENS,
+    Plan,
+    Trial,
+    load_plan,
+    make_plan,
+    saved_dtype,
+)
 from qll.errors import UsageError
 from qll.load import Source, builtin_texts, encode, open_source, open_tokenizer, read_text
 from qll.runfolder import Run, claim, is_done, recording, timed, total_seconds
@@ -29,6 +37,7 @@ from qll.runtexts import (
     calibration_names,
     calibration_windows,
     evaluation_texts,
+    trial_windows,
 )
 from qll.train import keep_freed_memory
 
@@ -209,8 +218,17 @@ def make_or_load_plan(state: Run, moments: MomentStore | None) -> Plan:
     """The plan in plan.json (perhaps edited by hand), or a new one saved there."""
     path = state.out / "plan.json"
     if not path.exists():
-        make_plan(state.source, moments, state.config.convert).save(path)
+        make_plan(state.source, moments, state.config.convert, trial_of(state)).save(path)
+        store.remove(state.work / "sensitivity")
     return load_plan(path, state.source.config)
+
+
+def trial_of(state: Run) -> Trial | None:
+    """Where --losses measured measures: on text of the calibration that the moments did not see."""
+    if state.config.convert.losses != "measured":
+        return None
+    windows = trial_windows(state, TRIAL_TOKENS, TRIAL_CONTEXT)
+    return Trial(windows, state.work / "sensitivity", state.device)
 
 
 def evaluate(state: Run) -> dict[str, Any]:

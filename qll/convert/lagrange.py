@@ -111,9 +111,7 @@ def _cover(
     return best
 
 
-def _spent(
-    families: Sequence[list[Menu]], chosen: list[Candidate], budget: int
-) -> list[Candidate]:
+def _spent(families: Sequence[list[Menu]], chosen: list[Candidate], budget: int) -> list[Candidate]:
     """`chosen` with candidates exchanged within their units while the budget lasts, the greatest
     saving of loss per parameter first."""
     menus = {menu.items[0].unit.members: menu for family in families for menu in family}

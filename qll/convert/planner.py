@@ -1,7 +1,9 @@
 """From a checkpoint and its moments to a plan.
 
 The singular values of every unit are measured in its metric, candidates listed from them, and
-`choose` spends the budget. Embedding and head have a budget of their own.
+`choose` spends the budget: once by predicted losses, and under --losses measured once more, by the
+losses that the cuts of the first plan turned out to have. Embedding and head have a budget of their
+own.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from qll.convert.digits import significant
 from qll.convert.fit import spectra
 from qll.convert.inner import INNER, inner_ladder
 from qll.convert.plan import Plan, PlanEntry
+from qll.convert.scales import fit_scales, rescaled, weighted_by_depth
+from qll.convert.sensitivity import Trial, measure
 from qll.convert.units import Unit, embedding_unit, group_unit, head_unit, single_units, template
 from qll.convert.weights import metrics_of, read_weights
 from qll.errors import UsageError
@@ -38,10 +42,16 @@ GROUPS_OF = {
 SHARED = {"none": (), "bonds": ("joint_tree",), "inner": INNER, "all": ("joint_tree", *INNER)}
 
 
-def make_plan(source: Source, moments: MomentStore | None, options: ConvertOptions) -> Plan:
+def make_plan(
+    source: Source,
+    moments: MomentStore | None,
+    options: ConvertOptions,
+    trial: Trial | None = None,
+) -> Plan:
     """The plan for `source` under `options`; moments may be None for the plain metric.
 
-    Reads one block at a time. Raises UsageError when the budget cannot be met.
+    `trial` says where losses are measured, for options.losses "measured". Reads one block at a
+    time. Raises UsageError when the budget cannot be met.
     """
     config = source.config
     candidates: list[Candidate] = []
@@ -52,10 +62,17 @@ def make_plan(source: Source, moments: MomentStore | None, options: ConvertOptio
         candidates += block_candidates(source, moments, options, block)
     total = sum(unit.dense_params for unit in single_units(config, 0)) * config.num_hidden_layers
     budget = int(options.keep * total)
-    chosen = _spend(candidates, budget, options)
+    if options.losses == "depth":
+        candidates = weighted_by_depth(candidates, config.num_hidden_layers)
+    chosen, measured = _spend(candidates, budget, options), ()
+    if options.losses == "measured" and _has_choice(options):
+        if trial is None:
+            raise UsageError("needs text to measure losses on", where="--losses measured")
+        measured = tuple(measure(source, moments, options, chosen, trial))
+        chosen = _spend(rescaled(candidates, fit_scales(measured)), budget, options)
     entries = [PlanEntry(item.unit, item.spec, significant(item.loss)) for item in chosen]
     entries += _vocabulary_entries(source, moments, options)
-    return Plan(tuple(entries), options.keep, options.metric, budget)
+    return Plan(tuple(entries), options.keep, options.metric, budget, measured)
 
 
 def block_candidates(
@@ -108,6 +125,11 @@ def _offers(config: LlamaConfig, options: ConvertOptions, block: int) -> Iterato
         elif unit.members[0] not in covered:
             # the matrices that a joint format leaves over
             yield unit, "lowrank" if groups else format
+
+
+def _has_choice(options: ConvertOptions) -> bool:
+    """Whether losses of different matrices are weighed against each other at all."""
+    return options.allocation == "global" and options.keep < 1.0
 
 
 def _is_uniform_auto(options: ConvertOptions) -> bool:

@@ -77,7 +77,8 @@ def realistic_menu(seed: int, blocks: int = 12) -> tuple[list[Candidate], int]:
             whole = unit.dense_params
             for params in range(whole // 20, whole + 1, whole // 20):
                 share = params / whole
-                menu.append(Candidate(unit, None, params, scale * (1 - share) * np.exp(-decay * share)))
+                loss = scale * (1 - share) * np.exp(-decay * share)
+                menu.append(Candidate(unit, None, params, loss))
     return menu, int(0.55 * blocks * 3 * 1600)
 
 
