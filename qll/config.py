@@ -48,6 +48,8 @@ class ConvertOptions:
     """Norm in which weights are truncated: K-FAC (inputs and output gradients), inputs, or none."""
     allocation: Literal["global", "uniform"] = "global"
     """One budget over all matrices by predicted loss, or equal shares (auto is then lowrank)."""
+    outliers: float = 0.0
+    """Also offer auto a low-rank matrix plus this share of single entries (0.001, say); 0: none."""
     losses: Literal["predicted", "depth", "measured"] = "predicted"
     """What the budget minimises: losses predicted in the metric, these weighted by depth, or scaled
     to a KL divergence measured per kind of matrix and depth."""
@@ -71,6 +73,10 @@ class ConvertOptions:
     def __post_init__(self) -> None:
         _require_share("--keep", self.keep)
         _require_share("--keep_embeddings", self.keep_embeddings)
+        if not 0 <= self.outliers < 1:
+            raise UsageError(
+                "not a share", where="--outliers", expected="in [0, 1)", found=self.outliers
+            )
         _require_positive("--sites", self.sites, least=2)
         _require_positive("--bits_group", self.bits_group, least=1)
         _require_positive("--sweeps", self.sweeps, least=0)
@@ -179,6 +185,8 @@ class MainConfig:
     """Blocks whose autoencoders to use, for instance 0,1,2; default: all that the folder has."""
     moments: Path | None = None
     """Folder left by `calibrate` (its work/moments), to convert at many budgets from one."""
+    plan: Path | None = None
+    """A plan.json to follow, perhaps edited, made by `plan` for this model with this --keep."""
     out: Path = Path("runs/qll")
     """Output folder; a second run with the same settings resumes it."""
     device: Device = "auto"
@@ -194,6 +202,10 @@ class MainConfig:
     def __post_init__(self) -> None:
         if self.sae_layers and self.sae_dir is None:
             raise UsageError("needs --sae_dir", where="--sae_layers", found=self.sae_layers)
+        if self.plan is not None and not self.plan.is_file():
+            raise UsageError(
+                "no such file", where="--plan", found=self.plan, hint="write one with `plan`"
+            )
         self.blocks_with_sae()
 
     def blocks_with_sae(self) -> list[int]:
@@ -365,6 +377,7 @@ def _path(key: str, value: Any) -> Any:
         "llama_dir",
         "sae_dir",
         "moments",
+        "plan",
         "out",
         "calib_text",
         "eval_text",

@@ -215,12 +215,36 @@ def given_moments(config: MainConfig, source: Source) -> MomentStore:
 
 
 def make_or_load_plan(state: Run, moments: MomentStore | None) -> Plan:
-    """The plan in plan.json (perhaps edited by hand), or a new one saved there."""
+    """The plan of --plan or in plan.json (both perhaps edited), or a new one; in plan.json."""
     path = state.out / "plan.json"
-    if not path.exists():
+    if state.config.plan is not None:
+        given_plan(state).save(path)
+    elif not path.exists():
         make_plan(state.source, moments, state.config.convert, trial_of(state)).save(path)
         store.remove(state.work / "sensitivity")
-    return load_plan(path, state.source.config)
+    plan = load_plan(path, state.source.config)
+    if plan.block_params > plan.budget:
+        logger.warning(
+            "%s: holds %d parameters, %d more than its budget",
+            *(path, plan.block_params, plan.block_params - plan.budget),
+        )
+    return plan
+
+
+def given_plan(state: Run) -> Plan:
+    """The plan of --plan; raises UsageError when it was made for another --keep or --metric."""
+    path, options = state.config.plan, state.config.convert
+    plan = load_plan(path, state.source.config)
+    for name in ("keep", "metric"):
+        if getattr(plan, name) != getattr(options, name):
+            raise UsageError(
+                f"the plan was made for another --{name}",
+                where=path,
+                expected=getattr(plan, name),
+                found=getattr(options, name),
+                hint=f"give --{name} {getattr(plan, name)}",
+            )
+    return plan
 
 
 def trial_of(state: Run) -> Trial | None:

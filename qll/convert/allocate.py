@@ -20,7 +20,7 @@ from qll.convert.lagrange import lagrangian
 from qll.errors import UsageError
 
 GAP = 1e-3
-SECONDS = 60.0  # a model of 30 blocks takes two
+SECONDS = 120.0  # thirty blocks take two on an idle machine
 INFEASIBLE = 2  # status of scipy.optimize.milp
 
 logger = logging.getLogger("qll.convert")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 from tqdm import tqdm
@@ -22,6 +23,9 @@ from qll.convert.candidates import HALF, RANK_STEP, Candidate, dense, exact, lad
 from qll.convert.digits import significant
 from qll.convert.fit import spectra
 from qll.convert.inner import INNER, inner_ladder
+from qll.convert.inner_parts import member_scales
+from qll.convert.metric import Metric
+from qll.convert.outliers import outlier_ladder
 from qll.convert.plan import Plan, PlanEntry
 from qll.convert.scales import fit_scales, rescaled, weighted_by_depth
 from qll.convert.sensitivity import Trial, measure
@@ -69,7 +73,7 @@ def make_plan(
         if trial is None:
             raise UsageError("needs text to measure losses on", where="--losses measured")
         measured = tuple(measure(source, moments, options, chosen, trial))
-        chosen = _spend(rescaled(candidates, fit_scales(measured)), budget, options)
+        chosen = _spend(rescaled(candidates, fit_scales(measured), chosen), budget, options)
     entries = [PlanEntry(item.unit, item.spec, significant(item.loss)) for item in chosen]
     entries += _vocabulary_entries(source, moments, options)
     return Plan(tuple(entries), options.keep, options.metric, budget, measured)
@@ -85,25 +89,38 @@ def block_candidates(
     metrics = dict(zip(members, metrics_of(source, moments, members, options), strict=True))
     found = []
     for unit, format in _offers(config, options, block):
-        if format == "dense":
-            found.append(dense(unit))
-            continue
-        spec = template(unit, format, options.gauge, options.sites, config)
-        if options.keep == 1.0:
-            found.append(exact(unit, spec))
-            continue
-        chosen = [metrics[member] for member in unit.members]
-        if format in INNER:
-            own = [weights[member] for member in unit.members]
-            found += inner_ladder(unit, spec, own, chosen, _rank_step(options))
-            continue
-        values = spectra([weights[member] for member in unit.members], spec, chosen)
-        scale = _loss_scale(values, options)
-        found += [
-            Candidate(item.unit, item.spec, item.params, item.loss * scale)
-            for item in ladder(unit, spec, values, _rank_step(options))
-        ]
+        own = [weights[member] for member in unit.members]
+        seen = [metrics[member] for member in unit.members]
+        found += _unit_candidates(unit, format, own, seen, options, config)
     return found
+
+
+def _unit_candidates(
+    unit: Unit,
+    format: str,
+    weights: Sequence[Tensor],
+    metrics: Sequence[Metric],
+    options: ConvertOptions,
+    config: LlamaConfig,
+) -> list[Candidate]:
+    """Everything that one unit could become in one format."""
+    if format == "dense":
+        return [dense(unit)]
+    spec = template(unit, format, options.gauge, options.sites, config)
+    if options.keep == 1.0:
+        return [exact(unit, spec)]
+    if format in INNER:
+        return inner_ladder(unit, spec, weights, metrics, _rank_step(options))
+    if format == "sparse" and options.format == "auto":
+        items = outlier_ladder(
+            unit, spec, weights[0], metrics[0], options.outliers, options.keep, _rank_step(options)
+        )
+        scale = member_scales(weights, metrics)[0]
+    else:
+        values = spectra(weights, spec, metrics)
+        items = ladder(unit, spec, values, _rank_step(options))
+        scale = _loss_scale(values, options)
+    return [replace(item, loss=item.loss * scale) for item in items]
 
 
 def _offers(config: LlamaConfig, options: ConvertOptions, block: int) -> Iterator[tuple[Unit, str]]:
@@ -122,6 +139,8 @@ def _offers(config: LlamaConfig, options: ConvertOptions, block: int) -> Iterato
         if format == "auto":
             yield unit, "dense"
             yield unit, "lowrank"
+            if options.outliers:
+                yield unit, "sparse"
         elif unit.members[0] not in covered:
             # the matrices that a joint format leaves over
             yield unit, "lowrank" if groups else format

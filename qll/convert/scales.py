@@ -79,12 +79,26 @@ def fit_scales(lines: Sequence[Sensitivity]) -> Scales:
     )
 
 
-def rescaled(candidates: Sequence[Candidate], scales: Scales) -> list[Candidate]:
-    """The candidates with their losses multiplied."""
-    return [
-        replace(item, loss=item.loss * scales.of(kind_of(item), item.unit.block))
-        for item in candidates
-    ]
+def rescaled(
+    candidates: Sequence[Candidate], scales: Scales, measured: Sequence[Candidate]
+) -> list[Candidate]:
+    """The candidates with the losses that the `measured` ones lead to expect.
+
+    A surcharge holds for all sizes. A discount holds up to the loss at which the unit was measured
+    in this format; what is beyond counts as predicted, since errors cost more the larger they are.
+    """
+    trusted = {_menu(item): item.loss for item in measured}
+    found = []
+    for item in candidates:
+        scale = scales.of(kind_of(item), item.unit.block)
+        inside = min(item.loss, trusted.get(_menu(item), 0.0))
+        loss = scale * inside + max(scale, 1.0) * (item.loss - inside)
+        found.append(replace(item, loss=loss))
+    return found
+
+
+def _menu(item: Candidate) -> tuple[tuple[str, ...], str | None]:
+    return item.unit.members, item.spec and item.spec.format
 
 
 def weighted_by_depth(candidates: Sequence[Candidate], layers: int) -> list[Candidate]:

@@ -62,13 +62,25 @@ def test_what_rounds_to_nothing_says_nothing():
     assert fit_scales(lines).of("a", 0) == 1.0 == fit_scales([]).of("a", 0)
 
 
-def test_losses_are_multiplied_and_nothing_else():
+def test_surcharges_hold_everywhere_and_discounts_up_to_what_was_measured():
     unit = Unit(("model.layers.7.mlp.up_proj",), ((2, 2),))
-    items = [Candidate(unit, None, 4, 0.0), Candidate(unit, None, 2, 3.0)]
-    scales = fit_scales([Sensitivity("dense up_proj", 5, 9, 1.0, 2.0)])
-    assert [item.loss for item in rescaled(items, scales)] == pytest.approx([0.0, 6.0])
-    assert [item.params for item in rescaled(items, scales)] == [4, 2]
+    items = [Candidate(unit, None, size, 4.0 - size) for size in (4, 3, 2, 1)]
+    dear, cheap = (fit_scales([Sensitivity("dense up_proj", 5, 9, 1.0, f)]) for f in (2.0, 0.5))
+    losses = {
+        name: [item.loss for item in rescaled(items, scales, measured)]
+        for name, scales, measured in (
+            ("dear", dear, []), ("cheap", cheap, items[2:3]), ("never measured", cheap, []),
+        )
+    }  # fmt: skip
+    assert losses["dear"] == pytest.approx([0.0, 2.0, 4.0, 6.0])
+    assert losses["cheap"] == pytest.approx([0.0, 0.5, 1.0, 2.0])
+    assert losses["never measured"] == pytest.approx([0.0, 1.0, 2.0, 3.0])
+    assert [item.params for item in rescaled(items, dear, [])] == [4, 3, 2, 1]
+
+
+def test_depth_weights_fall_to_one():
+    unit = Unit(("model.layers.7.mlp.up_proj",), ((2, 2),))
     weights = depth_weights(30)
     assert weights == sorted(weights, reverse=True)
     assert weights[-1] >= 1
-    assert weighted_by_depth(items, 30)[1].loss == pytest.approx(3 * weights[7])
+    assert weighted_by_depth([Candidate(unit, None, 2, 3.0)], 30)[0].loss == 3 * weights[7]
