@@ -94,6 +94,9 @@ class TextOptions:
     """UTF-8 file for evaluation; default: the other half."""
     calib_tokens: int = 4096
     """Tokens to measure moments on, in windows drawn from everywhere in the calibration texts."""
+    prior_tokens: int = 0
+    """Random tokens, drawn by rank, towards whose input moments those of the text are shrunk (2048,
+    say, for a calibration of a few hundred tokens); 0 does not."""
     eval_tokens: int = 4096
     """Tokens of each evaluation text to score."""
     context: int = 1024
@@ -102,6 +105,7 @@ class TextOptions:
     def __post_init__(self) -> None:
         for name in ("calib_tokens", "eval_tokens", "context"):
             _require_positive(f"--{name}", getattr(self, name), least=2)
+        _require_positive("--prior_tokens", self.prior_tokens, least=0)
         named = [("calib_text", path) for path in self.calib_text]
         for name, path in [*named, ("eval_text", self.eval_text)]:
             if path is not None and not path.is_file():

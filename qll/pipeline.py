@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qll import store
-from qll.calibrate import MomentStore, collect
+from qll.calibrate import MomentStore, collect, prior_windows
 from qll.config import EvalConfig, GenerateConfig, MainConfig
 from qll.convert import (
     TRIAL_CONTEXT,
@@ -184,14 +184,33 @@ def choose_device(name: str) -> torch.device:
 def calibrate(state: Run) -> MomentStore | None:
     """Second moments of every linear on the calibration text, or None for the plain metric."""
     config = state.config
-    if config.moments is not None:
-        return given_moments(config, state.source)
-    if config.convert.metric == "plain" or config.convert.keep == 1.0:
+    if config.moments is None and (config.convert.metric == "plain" or config.convert.keep == 1.0):
         return None
-    windows = calibration_windows(state, config.texts.calib_tokens, config.texts.context)
-    gradients = config.convert.metric == "kfac"
+    if config.moments is not None:
+        moments = given_moments(config, state.source)
+    else:
+        windows = calibration_windows(state, config.texts.calib_tokens, config.texts.context)
+        gradients = config.convert.metric == "kfac"
+        moments = collect(
+            state.source, windows, state.work / "moments", gradients=gradients, device=state.device
+        )
+    if not config.texts.prior_tokens:
+        return moments
+    return MomentStore(moments.folder, prior=prior_moments(state))
+
+
+def prior_moments(state: Run) -> MomentStore:
+    """Input moments on random tokens, for a calibration text that is too short."""
+    texts, vocab = state.config.texts, state.source.config.vocab_size
+    windows = prior_windows(
+        min(vocab, len(state.tokenizer)),
+        state.tokenizer.all_special_ids,
+        texts.prior_tokens,
+        min(texts.context, texts.prior_tokens),
+        state.config.seed,
+    )
     return collect(
-        state.source, windows, state.work / "moments", gradients=gradients, device=state.device
+        state.source, windows, state.work / "prior", gradients=False, device=state.device
     )
 
 
@@ -339,5 +358,6 @@ def needed_bytes(state: Run) -> int:
     inputs = 3 * d_model**2 + d_ff**2
     grads = 3 * d_model**2 + 2 * d_kv**2 + 2 * d_ff**2
     share = {"plain": 0, "activation": inputs, "kfac": inputs + grads}[state.config.convert.metric]
+    share += inputs * bool(state.config.texts.prior_tokens)
     moments = 4 * share * config.num_hidden_layers
     return 2 * params * kind.itemsize + trained + moments + (1 << 24)
