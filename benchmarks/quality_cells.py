@@ -69,7 +69,7 @@ OURS_BITS = (
 
 ABLATION_KEEP = 0.8
 ABLATION_BASE = ("--effort", "balanced")
-# what is taken away -> the flags that take it away
+# what is taken away, or added that is not the default -> the flags that do it
 ABLATIONS = {
     "ablation_none": (),
     "ablation_metric_activation": ("--metric", "activation"),
@@ -80,6 +80,9 @@ ABLATIONS = {
     "ablation_no_sharing": ("--sharing", "none"),
     "ablation_no_inner_sharing": ("--sharing", "bonds"),
     "ablation_no_refinement": ("--effort", "fast"),
+    "ablation_losses_measured": ("--losses", "measured"),
+    "ablation_losses_depth": ("--losses", "depth"),
+    "ablation_outliers": ("--outliers", "0.005"),
 }
 
 HEADLINE_KEEP = 0.8

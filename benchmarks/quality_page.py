@@ -162,7 +162,7 @@ def ablation_words() -> str:
     """What the rows of the ablation table are."""
     return (
         f"`main.py --keep {ABLATION_KEEP:g} {' '.join(ABLATION_BASE)}`, each row with one thing "
-        "taken away."
+        "changed."
     )
 
 

@@ -91,13 +91,10 @@ def plan(config: MainConfig) -> None:
     """Calibrate and print which network each matrix would get; plan.json can be edited."""
     from qll import pipeline
     from qll.convert import load_plan
+    from qll.report import plan_text
 
     out = pipeline.run(config, until="plan")
-    for entry in load_plan(out / "plan.json").entries:
-        spec = entry.spec
-        shape = "dense" if spec is None else f"{spec.format} {list(spec.ranks)}"
-        share = entry.params / entry.unit.dense_params
-        print(f"{entry.unit.name:60s} {shape:32s} {share:6.3f} {entry.loss:10.3e}")
+    print(plan_text(load_plan(out / "plan.json")))
     print(f"plan: {out / 'plan.json'} (edit it, then run `convert` with the same flags)")
 
 

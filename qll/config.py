@@ -48,6 +48,11 @@ class ConvertOptions:
     """Norm in which weights are truncated: K-FAC (inputs and output gradients), inputs, or none."""
     allocation: Literal["global", "uniform"] = "global"
     """One budget over all matrices by predicted loss, or equal shares (auto is then lowrank)."""
+    outliers: float = 0.0
+    """Also offer auto a low-rank matrix plus this share of single entries (0.001, say); 0: none."""
+    losses: Literal["predicted", "depth", "measured"] = "predicted"
+    """What the budget minimises: losses predicted in the metric, these weighted by depth, or scaled
+    to a KL divergence measured per kind of matrix and depth."""
     gauge: Literal["interpolative", "none"] = "interpolative"
     """Store an identity block per bond for free, or every number of every core."""
     sites: int = 3
@@ -68,6 +73,10 @@ class ConvertOptions:
     def __post_init__(self) -> None:
         _require_share("--keep", self.keep)
         _require_share("--keep_embeddings", self.keep_embeddings)
+        if not 0 <= self.outliers < 1:
+            raise UsageError(
+                "not a share", where="--outliers", expected="in [0, 1)", found=self.outliers
+            )
         _require_positive("--sites", self.sites, least=2)
         _require_positive("--bits_group", self.bits_group, least=1)
         _require_positive("--sweeps", self.sweeps, least=0)
@@ -85,6 +94,9 @@ class TextOptions:
     """UTF-8 file for evaluation; default: the other half."""
     calib_tokens: int = 4096
     """Tokens to measure moments on, in windows drawn from everywhere in the calibration texts."""
+    prior_tokens: int = 0
+    """Random tokens, drawn by rank, towards whose input moments those of the text are shrunk (2048,
+    say, for a calibration of a few hundred tokens); 0 does not."""
     eval_tokens: int = 4096
     """Tokens of each evaluation text to score."""
     context: int = 1024
@@ -93,6 +105,7 @@ class TextOptions:
     def __post_init__(self) -> None:
         for name in ("calib_tokens", "eval_tokens", "context"):
             _require_positive(f"--{name}", getattr(self, name), least=2)
+        _require_positive("--prior_tokens", self.prior_tokens, least=0)
         named = [("calib_text", path) for path in self.calib_text]
         for name, path in [*named, ("eval_text", self.eval_text)]:
             if path is not None and not path.is_file():
@@ -186,6 +199,8 @@ class MainConfig:
     """Blocks whose autoencoders to use, for instance 0,1,2; default: all that the folder has."""
     moments: Path | None = None
     """Folder left by `calibrate` (its work/moments), to convert at many budgets from one."""
+    plan: Path | None = None
+    """A plan.json to follow, perhaps edited, made by `plan` for this model with this --keep."""
     out: Path = Path("runs/qll")
     """Output folder; a second run with the same settings resumes it."""
     device: Device = "auto"
@@ -201,6 +216,10 @@ class MainConfig:
     def __post_init__(self) -> None:
         if self.sae_layers and self.sae_dir is None:
             raise UsageError("needs --sae_dir", where="--sae_layers", found=self.sae_layers)
+        if self.plan is not None and not self.plan.is_file():
+            raise UsageError(
+                "no such file", where="--plan", found=self.plan, hint="write one with `plan`"
+            )
         self.blocks_with_sae()
 
     def blocks_with_sae(self) -> list[int]:
@@ -372,6 +391,7 @@ def _path(key: str, value: Any) -> Any:
         "llama_dir",
         "sae_dir",
         "moments",
+        "plan",
         "out",
         "calib_text",
         "eval_text",

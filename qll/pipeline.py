@@ -16,9 +16,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qll import store
-from qll.calibrate import MomentStore, collect
+from qll.calibrate import MomentStore, collect, prior_windows
 from qll.config import EvalConfig, GenerateConfig, MainConfig
-from qll.convert import Plan, load_plan, make_plan, saved_dtype
+from qll.convert import (
+    TRIAL_CONTEXT,
+    TRIAL_TOKENS,
+    Plan,
+    Trial,
+    load_plan,
+    make_plan,
+    saved_dtype,
+)
 from qll.errors import UsageError
 from qll.load import Source, builtin_texts, encode, open_source, open_tokenizer, read_text
 from qll.runfolder import Run, claim, is_done, recording, timed, total_seconds
@@ -29,6 +37,7 @@ from qll.runtexts import (
     calibration_names,
     calibration_windows,
     evaluation_texts,
+    trial_windows,
 )
 from qll.train import keep_freed_memory
 
@@ -175,14 +184,33 @@ def choose_device(name: str) -> torch.device:
 def calibrate(state: Run) -> MomentStore | None:
     """Second moments of every linear on the calibration text, or None for the plain metric."""
     config = state.config
-    if config.moments is not None:
-        return given_moments(config, state.source)
-    if config.convert.metric == "plain" or config.convert.keep == 1.0:
+    if config.moments is None and (config.convert.metric == "plain" or config.convert.keep == 1.0):
         return None
-    windows = calibration_windows(state, config.texts.calib_tokens, config.texts.context)
-    gradients = config.convert.metric == "kfac"
+    if config.moments is not None:
+        moments = given_moments(config, state.source)
+    else:
+        windows = calibration_windows(state, config.texts.calib_tokens, config.texts.context)
+        gradients = config.convert.metric == "kfac"
+        moments = collect(
+            state.source, windows, state.work / "moments", gradients=gradients, device=state.device
+        )
+    if not config.texts.prior_tokens:
+        return moments
+    return MomentStore(moments.folder, prior=prior_moments(state))
+
+
+def prior_moments(state: Run) -> MomentStore:
+    """Input moments on random tokens, for a calibration text that is too short."""
+    texts, vocab = state.config.texts, state.source.config.vocab_size
+    windows = prior_windows(
+        min(vocab, len(state.tokenizer)),
+        state.tokenizer.all_special_ids,
+        texts.prior_tokens,
+        min(texts.context, texts.prior_tokens),
+        state.config.seed,
+    )
     return collect(
-        state.source, windows, state.work / "moments", gradients=gradients, device=state.device
+        state.source, windows, state.work / "prior", gradients=False, device=state.device
     )
 
 
@@ -206,11 +234,44 @@ def given_moments(config: MainConfig, source: Source) -> MomentStore:
 
 
 def make_or_load_plan(state: Run, moments: MomentStore | None) -> Plan:
-    """The plan in plan.json (perhaps edited by hand), or a new one saved there."""
+    """The plan of --plan or in plan.json (both perhaps edited), or a new one; in plan.json."""
     path = state.out / "plan.json"
-    if not path.exists():
-        make_plan(state.source, moments, state.config.convert).save(path)
-    return load_plan(path, state.source.config)
+    if state.config.plan is not None:
+        given_plan(state).save(path)
+    elif not path.exists():
+        make_plan(state.source, moments, state.config.convert, trial_of(state)).save(path)
+        store.remove(state.work / "sensitivity")
+    plan = load_plan(path, state.source.config)
+    if plan.block_params > plan.budget:
+        logger.warning(
+            "%s: holds %d parameters, %d more than its budget",
+            *(path, plan.block_params, plan.block_params - plan.budget),
+        )
+    return plan
+
+
+def given_plan(state: Run) -> Plan:
+    """The plan of --plan; raises UsageError when it was made for another --keep or --metric."""
+    path, options = state.config.plan, state.config.convert
+    plan = load_plan(path, state.source.config)
+    for name in ("keep", "metric"):
+        if getattr(plan, name) != getattr(options, name):
+            raise UsageError(
+                f"the plan was made for another --{name}",
+                where=path,
+                expected=getattr(plan, name),
+                found=getattr(options, name),
+                hint=f"give --{name} {getattr(plan, name)}",
+            )
+    return plan
+
+
+def trial_of(state: Run) -> Trial | None:
+    """Where --losses measured measures: on text of the calibration that the moments did not see."""
+    if state.config.convert.losses != "measured":
+        return None
+    windows = trial_windows(state, TRIAL_TOKENS, TRIAL_CONTEXT)
+    return Trial(windows, state.work / "sensitivity", state.device)
 
 
 def evaluate(state: Run) -> dict[str, Any]:
@@ -297,5 +358,6 @@ def needed_bytes(state: Run) -> int:
     inputs = 3 * d_model**2 + d_ff**2
     grads = 3 * d_model**2 + 2 * d_kv**2 + 2 * d_ff**2
     share = {"plain": 0, "activation": inputs, "kfac": inputs + grads}[state.config.convert.metric]
+    share += inputs * bool(state.config.texts.prior_tokens)
     moments = 4 * share * config.num_hidden_layers
     return 2 * params * kind.itemsize + trained + moments + (1 << 24)

@@ -22,6 +22,7 @@ import torch
 
 from qll import store
 from qll.config import MainConfig, to_json
+from qll.convert import load_plan
 from qll.errors import ForeignRunError, IntegrityError
 from qll.load import Source
 
@@ -127,6 +128,8 @@ def is_done(config: MainConfig, until: str) -> bool:
     before = dict(settings_of(path))
     before.pop("fingerprint")
     if before != _binding(config):
+        return False
+    if config.plan is not None and load_plan(config.plan) != load_plan(config.out / "plan.json"):
         return False
     manifest = store.read_manifest(config.out / "model")
     return manifest["plan_sha256"] == store.sha256(config.out / "plan.json")

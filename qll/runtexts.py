@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from jaxtyping import Int
@@ -12,6 +13,8 @@ from qll.config import MainConfig
 from qll.errors import UsageError
 from qll.load import Text, builtin_texts, mixed_windows, read_text
 from qll.runfolder import Run
+
+logger = logging.getLogger("qll.runtexts")
 
 
 def calibration_texts(config: MainConfig) -> list[Text]:
@@ -26,11 +29,26 @@ def calibration_names(config: MainConfig) -> str:
     return " + ".join(text.name for text in calibration_texts(config))
 
 
-def calibration_windows(state: Run, tokens: int, context: int) -> Int[Tensor, "windows context"]:
-    """Windows drawn from the calibration texts by weight and seed."""
+def calibration_windows(
+    state: Run, tokens: int, context: int, skip: int = 0
+) -> Int[Tensor, "windows context"]:
+    """Windows drawn from the calibration texts by weight and seed, after the first `skip` tokens of
+    the draw."""
     texts = calibration_texts(state.config)
     weights = state.config.texts.calib_weights or (1.0,) * len(texts)
-    return mixed_windows(texts, weights, state.tokenizer, tokens, context, state.config.seed)
+    return mixed_windows(texts, weights, state.tokenizer, tokens, context, state.config.seed, skip)
+
+
+def trial_windows(state: Run, tokens: int, context: int) -> Int[Tensor, "windows context"]:
+    """Starts of windows of the calibration texts that the moments were not measured on; of those
+    they were, with a warning, where the texts have no others."""
+    texts = state.config.texts
+    wanted = -(-tokens // min(context, texts.context)) * texts.context
+    found = calibration_windows(state, wanted, texts.context, skip=texts.calib_tokens)
+    if not len(found):
+        logger.warning("no calibration text is left to measure losses on: the moments' is used")
+        found = calibration_windows(state, wanted, texts.context)
+    return found[:, :context].contiguous()
 
 
 def evaluation_texts(config: MainConfig) -> list[Text]:

@@ -23,12 +23,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qll.calibrate.gram import unpack
+from qll.calibrate.prior import blended
 from qll.errors import IntegrityError, MissingFileError, UsageError
 from qll.store import read_json
 
 SUMMARY_NAME = "moments.json"
 HEAD_NAME = "head.safetensors"
 EMBEDDING_NAME = "embedding.safetensors"
+
+# Tokens of text that the moments on random tokens count as.
+PRIOR_WORTH = 512
 
 # Name of the stored input moment -> the linear layers of a block that read that tensor.
 INPUTS = {
@@ -57,10 +61,12 @@ class LinearMoments:
 class MomentStore:
     """The moments in `folder`, read one block at a time.
 
-    Raises MissingFileError when `collect` has not finished there.
+    With a `prior`, moments of the same model on random tokens (`qll.calibrate.prior`), inputs of
+    block linears are shrunk towards those as if they were PRIOR_WORTH more tokens. Raises
+    MissingFileError when `collect` has not finished there.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, prior: MomentStore | None = None) -> None:
         path = folder / SUMMARY_NAME
         if not path.is_file():
             raise MissingFileError(
@@ -69,7 +75,7 @@ class MomentStore:
                 expected=SUMMARY_NAME,
                 hint="run the calibration again with the same settings; it resumes",
             )
-        self.folder = folder
+        self.folder, self.prior = folder, prior
         self.summary: dict[str, Any] = read_json(path)
         self.tokens: int = self.summary["tokens"]
         self.grad_tokens: int = self.summary["grad_tokens"]
@@ -98,9 +104,9 @@ class MomentStore:
             )
         tensors = self._load(block_name(index))
         return {
-            f"model.layers.{index}.{linear}": self._linear(unpacked, tensors.get(f"{linear}.grad"))
+            f"model.layers.{index}.{linear}": self._linear(moment, tensors.get(f"{linear}.grad"))
             for name, members in INPUTS.items()
-            for unpacked in [unpack(tensors[f"{name}.input"])]
+            for moment in [self._input(index, name, tensors[f"{name}.input"])]
             for linear in members
         }
 
@@ -117,7 +123,8 @@ class MomentStore:
         name = block_name(int(parts[2]))
         keys = [f"{source}.input", *([f"{linear}.grad"] if self.gradients else [])]
         tensors = self._load(name, keys)
-        return self._linear(unpack(tensors[keys[0]]), tensors.get(f"{linear}.grad"))
+        moment = self._input(int(parts[2]), source, tensors[keys[0]])
+        return self._linear(moment, tensors.get(f"{linear}.grad"))
 
     def head(self) -> LinearMoments:
         """Moment of what lm_head reads, the final normed hidden state.
@@ -131,6 +138,15 @@ class MomentStore:
         if not self.gradients:
             return None
         return unpack(self._load(EMBEDDING_NAME)["embed_tokens.grad"])
+
+    def _input(self, index: int, name: str, packed: Tensor) -> Tensor:
+        """The input moment `name` of block `index`, shrunk to the prior if there is one."""
+        moment = unpack(packed)
+        if self.prior is None:
+            return moment
+        key = f"{name}.input"
+        known = unpack(self.prior._load(block_name(index), [key])[key])
+        return blended(moment, self.tokens, known, PRIOR_WORTH)
 
     def _linear(self, moment: Tensor, grad: Tensor | None) -> LinearMoments:
         if grad is None:

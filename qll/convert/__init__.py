@@ -12,6 +12,7 @@ from qll.convert.planner import make_plan
 from qll.convert.quantise import packings_of, quantise_units
 from qll.convert.refinement import RefineSettings, refine, require_held_out
 from qll.convert.remeasure import measured_again
+from qll.convert.sensitivity import TRIAL_CONTEXT, TRIAL_TOKENS, Sensitivity, Trial
 from qll.convert.stored import trained_path
 from qll.convert.weights import metrics_of, read_weights
 from qll.convert.write import convert_units, saved_dtype
@@ -21,9 +22,13 @@ FORMATS = ("auto", "dense", *NETWORKS, *JOINTS)
 
 __all__ = [
     "FORMATS",
+    "TRIAL_CONTEXT",
+    "TRIAL_TOKENS",
     "Plan",
     "PlanEntry",
     "RefineSettings",
+    "Sensitivity",
+    "Trial",
     "assemble",
     "convert_units",
     "fit",

@@ -1,11 +1,14 @@
 """Which candidate each matrix gets: least predicted loss under one parameter budget.
 
 An integer programme (scipy's HiGHS): one binary per candidate; each matrix is covered exactly once,
-by a candidate of its own or of a group it is in; the parameters sum to at most the budget.
+by a candidate of its own or of a group it is in; the parameters sum to at most the budget. Where
+HiGHS fails or runs out of time, a Lagrangian relaxation (`lagrange`) takes its place, with a
+warning.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,15 +16,24 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_matrix
 
 from qll.convert.candidates import Candidate
+from qll.convert.lagrange import lagrangian
 from qll.errors import UsageError
 
 GAP = 1e-3
+SECONDS = 120.0  # thirty blocks take two on an idle machine
+INFEASIBLE = 2  # status of scipy.optimize.milp
+
+logger = logging.getLogger("qll.convert")
 
 
-def choose(candidates: Sequence[Candidate], budget: int) -> list[Candidate]:
+def choose(
+    candidates: Sequence[Candidate], budget: int, seconds: float = SECONDS
+) -> list[Candidate]:
     """The candidates that cover every matrix once with least loss within `budget` parameters.
 
-    Raises UsageError when even the smallest candidates do not fit.
+    Exact to a relative gap of 1e-3 in the loss, or, when HiGHS takes more than `seconds` or fails,
+    the better of what it has and the Lagrangian relaxation, with a warning. Raises UsageError when
+    even the smallest candidates do not fit.
 
     >>> from qll.convert.units import Unit
     >>> a, b = Unit(("a",), ((2, 2),)), Unit(("b",), ((2, 2),))
@@ -30,6 +42,26 @@ def choose(candidates: Sequence[Candidate], budget: int) -> list[Candidate]:
     >>> [item.params for item in choose(menu, budget=6)]
     [4, 2]
     """
+    exact, status, why = _programme(candidates, budget, seconds)
+    if status != 0:
+        relaxed = None if status == INFEASIBLE else lagrangian(candidates, budget)
+        if exact is None and relaxed is None:
+            raise UsageError(
+                "the budget is too small for this format",
+                where="--keep",
+                expected=f"at least {_least(candidates)} parameters",
+                found=budget,
+                hint="raise --keep or choose another --format",
+            )
+        exact = min(filter(None, (exact, relaxed)), key=_loss)
+        logger.warning("the allocation is not proven optimal: HiGHS stopped (%s)", why)
+    return sorted(exact, key=lambda item: (item.unit.block or 0, item.unit.name))
+
+
+def _programme(
+    candidates: Sequence[Candidate], budget: int, seconds: float
+) -> tuple[list[Candidate] | None, int, str]:
+    """(the choice of HiGHS or None, scipy's status, its message)."""
     matrices = sorted({member for item in candidates for member in item.unit.members})
     row = {matrix: k for k, matrix in enumerate(matrices)}
     pairs = [(row[member], k) for k, item in enumerate(candidates) for member in item.unit.members]
@@ -49,18 +81,16 @@ def choose(candidates: Sequence[Candidate], budget: int) -> list[Candidate]:
         ],
         integrality=np.ones(len(candidates)),
         bounds=Bounds(0, 1),
-        options={"mip_rel_gap": GAP},
+        options={"mip_rel_gap": GAP, "time_limit": seconds},
     )
     if result.x is None:
-        raise UsageError(
-            "the budget is too small for this format",
-            where="--keep",
-            expected=f"at least {_least(candidates)} parameters",
-            found=budget,
-            hint="raise --keep or choose another --format",
-        )
+        return None, result.status, result.message
     chosen = [item for item, taken in zip(candidates, result.x, strict=True) if taken > 0.5]
-    return sorted(chosen, key=lambda item: (item.unit.block or 0, item.unit.name))
+    return chosen, result.status, result.message
+
+
+def _loss(chosen: Sequence[Candidate]) -> float:
+    return sum(item.loss for item in chosen)
 
 
 def _least(candidates: Sequence[Candidate]) -> int:

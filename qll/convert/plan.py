@@ -5,13 +5,14 @@ Plain data between the planner and the fit: JSON that a person can edit and pass
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import LlamaConfig
 
 from qll import store
+from qll.convert.sensitivity import Sensitivity
 from qll.convert.units import Unit, matrix_shapes
 from qll.errors import ConfigError
 from qll.tn import require_valid, tensor_shapes
@@ -61,6 +62,8 @@ class Plan:
     keep: float
     metric: str
     budget: int
+    measured: tuple[Sensitivity, ...] = ()
+    """The groups of cuts whose loss was measured, on the way to the entries."""
 
     def of_block(self, block: int | None) -> list[PlanEntry]:
         """Entries of one block; None: embedding and head."""
@@ -78,6 +81,7 @@ class Plan:
             "metric": self.metric,
             "budget": self.budget,
             "block_params": self.block_params,
+            "measured": [asdict(line) for line in self.measured],
             "entries": [entry.to_json() for entry in self.entries],
         }
 
@@ -85,7 +89,8 @@ class Plan:
     def from_json(cls, value: dict[str, Any]) -> Plan:
         """The plan written by `to_json`, perhaps edited."""
         entries = tuple(PlanEntry.from_json(entry) for entry in value["entries"])
-        return cls(entries, value["keep"], value["metric"], value["budget"])
+        measured = tuple(Sensitivity(**line) for line in value.get("measured", ()))
+        return cls(entries, value["keep"], value["metric"], value["budget"], measured)
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON."""

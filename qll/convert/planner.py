@@ -1,13 +1,16 @@
 """From a checkpoint and its moments to a plan.
 
 The singular values of every unit are measured in its metric, candidates listed from them, and
-`choose` spends the budget. Embedding and head have a budget of their own.
+`choose` spends the budget: once by predicted losses, and under --losses measured once more, by the
+losses that the cuts of the first plan turned out to have. Embedding and head have a budget of their
+own.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 from tqdm import tqdm
@@ -20,7 +23,12 @@ from qll.convert.candidates import HALF, RANK_STEP, Candidate, dense, exact, lad
 from qll.convert.digits import significant
 from qll.convert.fit import spectra
 from qll.convert.inner import INNER, inner_ladder
+from qll.convert.inner_parts import member_scales
+from qll.convert.metric import Metric
+from qll.convert.outliers import outlier_ladder
 from qll.convert.plan import Plan, PlanEntry
+from qll.convert.scales import fit_scales, rescaled, weighted_by_depth
+from qll.convert.sensitivity import Trial, measure
 from qll.convert.units import Unit, embedding_unit, group_unit, head_unit, single_units, template
 from qll.convert.weights import metrics_of, read_weights
 from qll.errors import UsageError
@@ -38,10 +46,16 @@ GROUPS_OF = {
 SHARED = {"none": (), "bonds": ("joint_tree",), "inner": INNER, "all": ("joint_tree", *INNER)}
 
 
-def make_plan(source: Source, moments: MomentStore | None, options: ConvertOptions) -> Plan:
+def make_plan(
+    source: Source,
+    moments: MomentStore | None,
+    options: ConvertOptions,
+    trial: Trial | None = None,
+) -> Plan:
     """The plan for `source` under `options`; moments may be None for the plain metric.
 
-    Reads one block at a time. Raises UsageError when the budget cannot be met.
+    `trial` says where losses are measured, for options.losses "measured". Reads one block at a
+    time. Raises UsageError when the budget cannot be met.
     """
     config = source.config
     candidates: list[Candidate] = []
@@ -52,10 +66,17 @@ def make_plan(source: Source, moments: MomentStore | None, options: ConvertOptio
         candidates += block_candidates(source, moments, options, block)
     total = sum(unit.dense_params for unit in single_units(config, 0)) * config.num_hidden_layers
     budget = int(options.keep * total)
-    chosen = _spend(candidates, budget, options)
+    if options.losses == "depth":
+        candidates = weighted_by_depth(candidates, config.num_hidden_layers)
+    chosen, measured = _spend(candidates, budget, options), ()
+    if options.losses == "measured" and _has_choice(options):
+        if trial is None:
+            raise UsageError("needs text to measure losses on", where="--losses measured")
+        measured = tuple(measure(source, moments, options, chosen, trial))
+        chosen = _spend(rescaled(candidates, fit_scales(measured), chosen), budget, options)
     entries = [PlanEntry(item.unit, item.spec, significant(item.loss)) for item in chosen]
     entries += _vocabulary_entries(source, moments, options)
-    return Plan(tuple(entries), options.keep, options.metric, budget)
+    return Plan(tuple(entries), options.keep, options.metric, budget, measured)
 
 
 def block_candidates(
@@ -68,25 +89,38 @@ def block_candidates(
     metrics = dict(zip(members, metrics_of(source, moments, members, options), strict=True))
     found = []
     for unit, format in _offers(config, options, block):
-        if format == "dense":
-            found.append(dense(unit))
-            continue
-        spec = template(unit, format, options.gauge, options.sites, config)
-        if options.keep == 1.0:
-            found.append(exact(unit, spec))
-            continue
-        chosen = [metrics[member] for member in unit.members]
-        if format in INNER:
-            own = [weights[member] for member in unit.members]
-            found += inner_ladder(unit, spec, own, chosen, _rank_step(options))
-            continue
-        values = spectra([weights[member] for member in unit.members], spec, chosen)
-        scale = _loss_scale(values, options)
-        found += [
-            Candidate(item.unit, item.spec, item.params, item.loss * scale)
-            for item in ladder(unit, spec, values, _rank_step(options))
-        ]
+        own = [weights[member] for member in unit.members]
+        seen = [metrics[member] for member in unit.members]
+        found += _unit_candidates(unit, format, own, seen, options, config)
     return found
+
+
+def _unit_candidates(
+    unit: Unit,
+    format: str,
+    weights: Sequence[Tensor],
+    metrics: Sequence[Metric],
+    options: ConvertOptions,
+    config: LlamaConfig,
+) -> list[Candidate]:
+    """Everything that one unit could become in one format."""
+    if format == "dense":
+        return [dense(unit)]
+    spec = template(unit, format, options.gauge, options.sites, config)
+    if options.keep == 1.0:
+        return [exact(unit, spec)]
+    if format in INNER:
+        return inner_ladder(unit, spec, weights, metrics, _rank_step(options))
+    if format == "sparse" and options.format == "auto":
+        items = outlier_ladder(
+            unit, spec, weights[0], metrics[0], options.outliers, options.keep, _rank_step(options)
+        )
+        scale = member_scales(weights, metrics)[0]
+    else:
+        values = spectra(weights, spec, metrics)
+        items = ladder(unit, spec, values, _rank_step(options))
+        scale = _loss_scale(values, options)
+    return [replace(item, loss=item.loss * scale) for item in items]
 
 
 def _offers(config: LlamaConfig, options: ConvertOptions, block: int) -> Iterator[tuple[Unit, str]]:
@@ -105,9 +139,16 @@ def _offers(config: LlamaConfig, options: ConvertOptions, block: int) -> Iterato
         if format == "auto":
             yield unit, "dense"
             yield unit, "lowrank"
+            if options.outliers:
+                yield unit, "sparse"
         elif unit.members[0] not in covered:
             # the matrices that a joint format leaves over
             yield unit, "lowrank" if groups else format
+
+
+def _has_choice(options: ConvertOptions) -> bool:
+    """Whether losses of different matrices are weighed against each other at all."""
+    return options.allocation == "global" and options.keep < 1.0
 
 
 def _is_uniform_auto(options: ConvertOptions) -> bool:

@@ -31,10 +31,12 @@ def mixed_windows(
     tokens: int,
     context: int,
     seed: int = 0,
+    skip: int = 0,
 ) -> Int[Tensor, "windows context"]:
     """`tokens // context` windows, text i giving a share `weights[i] / sum(weights)` of them.
 
-    Returns int64 ids. A text too short for its share gives all it has, with a warning. Raises
+    None of them is among those that the same call with `skip` in place of `tokens` gives. Returns
+    int64 ids. A text too short for its share gives all it has, with a warning. Raises
     TextError when a text, or `tokens`, does not fill one window.
 
     >>> from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -52,16 +54,18 @@ def mixed_windows(
             "too few tokens for one window", expected=f"at least {context}", found=tokens
         )
     drawn, places = [], []
+    left_out = shares(weights, skip // context)
     for number, (text, count) in enumerate(zip(texts, shares(weights, wanted), strict=True)):
+        first = left_out[number]
         windows, _ = encode(_bounded(text), tokenizer, None, context)
-        if len(windows) < count:
+        if len(windows) < first + count:
             logger.warning(
                 "%s: has %d windows of %d tokens, fewer than its share of %d",
-                *(text.name, len(windows), context, count),
+                *(text.name, len(windows), context, first + count),
             )
-        count = min(count, len(windows))
+        count = min(count, max(0, len(windows) - first))
         order = torch.Generator().manual_seed(seed * 1000 + number)
-        drawn.append(windows[torch.randperm(len(windows), generator=order)[:count]])
+        drawn.append(windows[torch.randperm(len(windows), generator=order)[first : first + count]])
         places.append((torch.arange(count) + 0.5) / max(count, 1))
     turns = torch.cat(places).argsort(stable=True)
     return torch.cat(drawn)[turns]

@@ -37,7 +37,10 @@ MATRIX = {
     "rel_error": MAYBE_NUMBER,
     "metric_error": MAYBE_NUMBER,
     "discarded_weight": MAYBE_NUMBER,
+    "predicted_loss?": MAYBE_NUMBER,
 }
+
+MEASURED = {"kind": str, "first": int, "last": int, "predicted": NUMBER, "measured": MAYBE_NUMBER}
 
 ENTROPY = {
     "name": str,
@@ -87,6 +90,7 @@ SCHEMA: dict[Any, Any] = {
         "dtype": str,
         "params?": BOTH,
         "bytes?": BOTH,
+        "measured?": [MEASURED],
         "per_matrix": [MATRIX],
     },
     "entropy": {"per_matrix": [ENTROPY], "activations": list, "spectra?": [SPECTRUM]},

@@ -28,6 +28,11 @@ METRICS = (
         "the same, in the norm the conversion minimised: activations, or activations and gradients",
     ),
     (
+        "predicted",
+        "Predicted loss",
+        "loss the plan expected, in thousandths (of a nat per token in the K-FAC metric)",
+    ),
+    (
         "gap",
         "Entropy gap",
         "nats by which the dense matrix lies below a random one of its shape, channel cut",
@@ -53,6 +58,7 @@ def matrix_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
             "kept": units.ratio(matrix["params_dense"], matrix["params"]),
             "rel_error": matrix["rel_error"],
             "metric_error": matrix["metric_error"],
+            "predicted": _thousandths(matrix.get("predicted_loss")),
             "gap": _minus(channel.get("nats_random"), channel.get("nats")),
             "lost": _minus(channel.get("nats"), channel.get("nats_converted")),
         }
@@ -222,6 +228,10 @@ def _entropy_row(cut: str, entry: Mapping[str, Any]) -> list[str]:
     nats, converted, random = entry["nats"], entry.get("nats_converted"), entry["nats_random"]
     numbers = (nats, converted, random, _minus(random, nats))
     return [cut, *map(units.nats, numbers), units.number(entry["participation_ratio"])]
+
+
+def _thousandths(value: Number | None) -> Number | None:
+    return None if value is None else 1000 * value
 
 
 def _shape(shape: list[int] | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,7 @@ def compression_section(
         "bytes": {"dense": dense_size, "converted": size, "source_file": source.bytes_on_disk},
         "dtype": dtype,
         "training": made["training"],
+        "measured": [asdict(line) for line in plan.measured],
         "per_matrix": [dict(record) for record in made["matrices"]],
     }
 

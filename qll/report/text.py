@@ -6,13 +6,15 @@ cursor or recolour a terminal) are replaced by `?`, long names are shortened in 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from qll.report import units
+from qll.report.allocation import loss_table
 from qll.report.build import check_report
+from qll.report.layout import table
 from qll.report.matrices import CHANNEL, format_counts, kind_order, matrix_rows
 from qll.report.training import training_words
 from qll.report.view import cost_pairs
@@ -32,7 +34,14 @@ def text_table(report: Mapping[str, Any], path: Path | None = None) -> str:
     """
     check_report(report)
     rows = matrix_rows(report)
-    parts = [_model(report), _quality(report), _cost(report), _entropy(rows), _worst(rows)]
+    parts = [
+        _model(report),
+        _quality(report),
+        _cost(report),
+        _entropy(rows),
+        _losses(report),
+        _worst(rows),
+    ]
     warnings = len(report["warnings"])
     if warnings:
         noun = "warning" if warnings == 1 else "warnings"
@@ -81,7 +90,7 @@ def _quality(report: Mapping[str, Any]) -> list[str]:
                 units.rounded(converted["bits_per_byte"]),
             )
         )
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def _cost(report: Mapping[str, Any]) -> list[str]:
@@ -97,7 +106,7 @@ def _cost(report: Mapping[str, Any]) -> list[str]:
     if cost["peak_device_bytes"]:
         memory += f", device {units.size(cost['peak_device_bytes'])}"
     time = f"time {units.seconds(sum(seconds.values()))}" + (f" (most: {stages})" if stages else "")
-    return [*_table(("cost", "dense", "converted", "ratio"), rows), time, memory]
+    return [*table(("cost", "dense", "converted", "ratio"), rows), time, memory]
 
 
 def _entropy(rows: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -115,7 +124,7 @@ def _entropy(rows: Iterable[Mapping[str, Any]]) -> list[str]:
         ]
         columns += [[row["values"][key] for row in kinds[kind]] for key in ("gap", "lost")]
         lines.append((_safe(kind, 28), *map(_mean, columns)))
-    return _table(header, lines)
+    return table(header, lines)
 
 
 def _worst(rows: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -133,27 +142,17 @@ def _worst(rows: Iterable[Mapping[str, Any]]) -> list[str]:
         )
         for row in worst
     ]
-    return _table(header, lines)
+    return table(header, lines)
+
+
+def _losses(report: Mapping[str, Any]) -> list[str]:
+    """Predicted beside measured losses, when the plan was made of measured ones."""
+    return loss_table(report["compression"].get("measured") or [])
 
 
 def _mean(values: Iterable[units.Number | None]) -> str:
     known = [value for value in values if value is not None]
     return units.nats(fmean(known) if known else None)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table: the first column left, the others right aligned; [] without rows."""
-    if not rows:
-        return []
-    widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
-    lines = []
-    for row in (header, ["-" * width for width in widths], *rows):
-        first, *others = (
-            cell.rjust(width) if number else cell.ljust(width)
-            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        lines.append("  ".join([first, *others]))
-    return lines
 
 
 def _safe(text: str, width: int) -> str:

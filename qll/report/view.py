@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from qll.report import units
+from qll.report.allocation import losses
 from qll.report.matrices import details, format_counts, grid, matrix_rows, metrics, start
 from qll.report.training import training_words
 from qll.report.units import Number
@@ -28,6 +29,7 @@ def view(report: Mapping[str, Any]) -> dict[str, Any]:
         "pairs": pairs,
         "stages": _stages(report["cost"]["seconds"]),
         "memory": _memory(report["cost"]),
+        "losses": losses(report["compression"].get("measured") or []),
         "matrices": matrices,
         "map": grid(matrices),
         "metrics": metrics(matrices),
