@@ -22,6 +22,7 @@ from qll.config import (
     ExportConfig,
     GenerateConfig,
     InspectConfig,
+    LensConfig,
     MainConfig,
     ReportConfig,
     VerifyConfig,
@@ -132,6 +133,18 @@ def generate(config: GenerateConfig) -> None:
     print()
 
 
+def lens(config: LensConfig) -> None:
+    """Study autoencoders on a dense and a converted model; prints a table of what survived."""
+    from qll import pipeline
+    from qll.report import features_table
+
+    out = pipeline.look_at_folder(config)
+    value = json.loads((out / "lens.json").read_text("utf-8"))
+    print(features_table(value["layers"]))
+    for entry in value["layers"].values():
+        print(f"page: {out / entry['page']}")
+
+
 def verify(config: VerifyConfig) -> None:
     """Check a converted folder and say so."""
     from qll.model import load
@@ -168,6 +181,7 @@ VERBS = {
     "convert": Verb(MainConfig, convert, "calibrate, plan and convert"),
     "eval": Verb(EvalConfig, evaluate, "perplexity, bits per byte, KL, agreement"),
     "generate": Verb(GenerateConfig, generate, "continue a prompt"),
+    "lens": Verb(LensConfig, lens, "which features of autoencoders survive, with pages"),
     "verify": Verb(VerifyConfig, verify, "check a converted folder against its manifest"),
     "export": Verb(ExportConfig, export, "write a plain Llama, or factors as pairs of linears"),
     "report": Verb(ReportConfig, report, "draw the page and the table again"),

@@ -300,6 +300,59 @@ class GenerateConfig:
 
 
 @dataclass(frozen=True)
+class LensConfig:
+    """Which features of sparse autoencoders survive in a model that was converted before.
+
+    Reads a text with the dense and the converted model and leaves lens.json and, per autoencoder,
+    features/<place>.html, .json and .safetensors. For instance:
+    main.py lens --model runs/mine --sae_dir saes --hookpoints 9 20 --out runs/mine_lens
+    """
+
+    model: Path
+    """Folder of a finished run, or of a converted checkpoint."""
+    sae_dir: Path
+    """Folder of sparse autoencoders (sparsify, SAELens or Llama Scope)."""
+    hookpoints: tuple[str, ...] = ()
+    """Blocks (9 is their residual stream) or places (layers.9.mlp); default: all of the folder."""
+    llama_dir: Path | None = None
+    """The dense checkpoint; default: the embedded SmolLM2-135M-Instruct."""
+    eval_text: Path | None = None
+    """UTF-8 text to read; default: the evaluation half of pydoc_data's topics."""
+    eval_tokens: int = 4096
+    """Tokens of it to read; features that fire on fewer than 30 are counted as unmeasured."""
+    moments: Path | None = None
+    """Folder left by `calibrate`: critical bonds are then cut in its metric, not in the plain."""
+    reach: int = 2
+    """Blocks before and after a place whose matrices are asked about every feature."""
+    out: Path = Path("runs/lens")
+    """Output folder; a second run with the same settings resumes it."""
+    device: Device = "auto"
+    """Where to run."""
+    seed: int = 0
+    """Seed of everything random."""
+
+    def __post_init__(self) -> None:
+        _require_positive("--eval_tokens", self.eval_tokens, least=2)
+        _require_positive("--reach", self.reach, least=1)
+        if self.eval_text is not None and not self.eval_text.is_file():
+            raise UsageError(
+                "no such file",
+                where="--eval_text",
+                found=self.eval_text,
+                hint="give the path of a text",
+            )
+
+    def places(self) -> list[str]:
+        """The names of --hookpoints, a number standing for the stream after that block.
+
+        >>> LensConfig(Path("m"), Path("s"), hookpoints=("9", "layers.3.mlp")).places()
+        ['layers.9', 'layers.3.mlp']
+        """
+        named = dict.fromkeys(word for part in self.hookpoints for word in part.split(",") if word)
+        return [f"layers.{word}" if word.isdecimal() else word for word in named]
+
+
+@dataclass(frozen=True)
 class VerifyConfig:
     """Check every byte, key and the logits fingerprint of a converted folder."""
 

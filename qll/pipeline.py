@@ -10,6 +10,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +18,23 @@ import torch
 
 from qll import store
 from qll.calibrate import MomentStore, collect
-from qll.config import EvalConfig, GenerateConfig, MainConfig
+from qll.config import EvalConfig, GenerateConfig, LensConfig, MainConfig, to_json
 from qll.convert import Plan, load_plan, make_plan, saved_dtype
 from qll.errors import UsageError
 from qll.load import Source, builtin_texts, encode, open_source, open_tokenizer, read_text
-from qll.runfolder import Run, claim, is_done, recording, timed, total_seconds
+from qll.runfolder import (
+    Run,
+    claim,
+    claim_folder,
+    hearing,
+    is_done,
+    note_warning,
+    recording,
+    timed,
+    total_seconds,
+)
 from qll.runmodel import make_model, require_training_text
-from qll.runsaes import look_at_features, require_saes
+from qll.runsaes import CONTEXT, Pair, look_at_features, look_at_pair, require_places, require_saes
 from qll.runtexts import (
     calibration_facts,
     calibration_names,
@@ -63,7 +74,7 @@ def run(config: MainConfig, until: str = "report") -> Path:
             return config.out
         results = timed(state, "evaluate", evaluate)
         if config.sae_dir is not None:
-            timed(state, "sae", look_at_features)
+            timed(state, "sae", look_at_features, moments)
         entropy = timed(state, "lens", look_inside)
         timed(state, "report", report, moments, plan, made, results, entropy)
         store.remove(state.work)
@@ -122,6 +133,59 @@ def evaluate_folder(config: EvalConfig) -> dict[str, Any]:
     converted = load(config.model, device=device, dtype=torch.float32)
     quality = quality_of_pair(dense, converted, windows, scored)
     return {"text": text.name, "sha256": text.sha256, **quality}
+
+
+def look_at_folder(config: LensConfig) -> Path:
+    """Study autoencoders on a folder converted earlier; returns --out, which then has lens.json.
+
+    Raises UsageError when the folder was made from another checkpoint than --llama_dir.
+    """
+    out, source = config.out, open_source(config.llama_dir)
+    inner = config.model / "model"
+    model = inner if (inner / store.MANIFEST_NAME).is_file() else config.model
+    made = store.read_manifest(model)
+    if made.get("source", source.fingerprint) != source.fingerprint:
+        raise UsageError(
+            "the converted folder was made from another checkpoint",
+            where=config.model,
+            expected=f"source {made['source'][:16]}",
+            found=f"{source.name}, {source.fingerprint[:16]}",
+            hint="name its dense checkpoint with --llama_dir",
+        )
+    names = require_places(config.sae_dir, config.places(), source)
+    moments = None if config.moments is None else MomentStore(config.moments)
+    topics = builtin_texts()["python_topics_evaluation"]
+    text = topics if config.eval_text is None else read_text(config.eval_text)
+    settings = to_json(config) | {"fingerprint": source.fingerprint, "text_sha256": text.sha256}
+    settings["converted"] = store.sha256(model / store.MANIFEST_NAME)
+    del settings["out"]
+    with store.lock(out):
+        claim_folder(out, settings)
+        if (out / "lens.json").exists():
+            print(f"{out} is complete; nothing to do", file=sys.stderr)
+            return out
+        pair = Pair(
+            source,
+            model,
+            open_tokenizer(source),
+            choose_device(config.device),
+            text,
+            config.eval_tokens,
+            CONTEXT,
+            out,
+            out / "work",
+            moments,
+            config.reach,
+            config.seed,
+        )
+        with hearing(partial(note_warning, out / "events.jsonl")):
+            section = look_at_pair(pair, config.sae_dir, names)
+        heard = [line["message"] for line in store.read_lines(out / "events.jsonl")]
+        facts = {"schema_version": 1, "model": source.name, "converted": str(model)}
+        warnings = list(dict.fromkeys(heard))
+        store.write_json(out / "lens.json", {**facts, **section, "warnings": warnings})
+        store.remove(pair.work)
+    return out
 
 
 def generate_text(config: GenerateConfig) -> Iterator[str]:

@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from qll.errors import ShapeError
-from qll.lens.certainty import DocumentSums, certainty, pearson
+from qll.lens.certainty import RATE, DocumentSums, certainty, pearson
 from qll.lens.codes import SparseCodes
 from qll.lens.sae import SAE
 from qll.lens.sae_metrics import MEASURED_FROM
@@ -165,8 +165,10 @@ class Survival:
         }
         edges = torch.linspace(0, 1, CDF_POINTS, dtype=torch.float64)
         r = values["r"][measured]
+        found = {} if self.documents is None else {"certainty": self._certainty()}
         return {
             **counts,
+            **found,
             "unmeasured": int((~measured).sum()),
             "measured": int(measured.sum()),
             "tokens": self.tokens,
@@ -179,6 +181,19 @@ class Survival:
             "deaths_per_token": self._per_token("fires"),
             "by_density": _strata(values["density"].log10().floor(), classes),
             "by_peak": _strata(_quartile(values["peak"], measured), classes),
+        }
+
+    def _certainty(self) -> dict[str, Any]:
+        """How many features are certainly damaged, certainly kept, and neither."""
+        sure = self.certainty()
+        damaged, kept = int(sure["damaged"].sum()), int(sure["sure"].sum())
+        return {
+            "damaged": damaged,
+            "kept": kept,
+            "undecided": len(sure["features"]) - damaged - kept,
+            "kept_share_interval": sure["kept_share"],
+            "documents": len(self.documents.tokens),
+            "false_discovery_rate": RATE,
         }
 
     def _add_codes(self, before: SparseCodes, after: SparseCodes) -> None:
