@@ -46,6 +46,8 @@ class ConvertOptions:
     (inner: joint_channels, joint_value_output, joint_query_key), both, or neither."""
     metric: Literal["kfac", "activation", "plain"] = "kfac"
     """Norm in which weights are truncated: K-FAC (inputs and output gradients), inputs, or none."""
+    feature_weight: float = 0.0
+    """Weight of keeping every feature of --sae_dir apart, beside the loss, in the kfac metric."""
     allocation: Literal["global", "uniform"] = "global"
     """One budget over all matrices by predicted loss, or equal shares (auto is then lowrank)."""
     gauge: Literal["interpolative", "none"] = "interpolative"
@@ -71,6 +73,20 @@ class ConvertOptions:
         _require_positive("--sites", self.sites, least=2)
         _require_positive("--bits_group", self.bits_group, least=1)
         _require_positive("--sweeps", self.sweeps, least=0)
+        if not 0 <= self.feature_weight < float("inf"):
+            raise UsageError(
+                "not a weight",
+                where="--feature_weight",
+                expected="a finite number of at least 0",
+                found=self.feature_weight,
+            )
+        if self.feature_weight and self.metric != "kfac":
+            raise UsageError(
+                "features are weighed in output gradients, which this metric has not",
+                where="--feature_weight",
+                expected="--metric kfac",
+                found=self.metric,
+            )
 
 
 @dataclass(frozen=True)
@@ -191,6 +207,10 @@ class MainConfig:
     def __post_init__(self) -> None:
         if self.sae_layers and self.sae_dir is None:
             raise UsageError("needs --sae_dir", where="--sae_layers", found=self.sae_layers)
+        if self.convert.feature_weight and self.sae_dir is None:
+            raise UsageError(
+                "needs --sae_dir", where="--feature_weight", found=self.convert.feature_weight
+            )
         self.blocks_with_sae()
 
     def blocks_with_sae(self) -> list[int]:

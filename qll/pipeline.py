@@ -34,7 +34,15 @@ from qll.runfolder import (
     total_seconds,
 )
 from qll.runmodel import make_model, require_training_text
-from qll.runsaes import CONTEXT, Pair, look_at_features, look_at_pair, require_places, require_saes
+from qll.runsaes import (
+    CONTEXT,
+    Pair,
+    feature_gradients,
+    look_at_features,
+    look_at_pair,
+    require_places,
+    require_saes,
+)
 from qll.runtexts import (
     calibration_facts,
     calibration_names,
@@ -244,9 +252,13 @@ def calibrate(state: Run) -> MomentStore | None:
     if config.convert.metric == "plain" or config.convert.keep == 1.0:
         return None
     windows = calibration_windows(state, config.texts.calib_tokens, config.texts.context)
-    gradients = config.convert.metric == "kfac"
     return collect(
-        state.source, windows, state.work / "moments", gradients=gradients, device=state.device
+        state.source,
+        windows,
+        state.work / "moments",
+        gradients=config.convert.metric == "kfac",
+        device=state.device,
+        extra=feature_gradients(config, state.source, state.device),
     )
 
 
@@ -261,6 +273,15 @@ def given_moments(config: MainConfig, source: Source) -> MomentStore:
             expected=f"source {source.fingerprint[:16]}",
             found=moments.summary["source"][:16],
             hint=hint,
+        )
+    weight = moments.summary.get("extra", {}).get("feature_weight", 0.0)
+    if weight != config.convert.feature_weight:
+        raise UsageError(
+            "the moments were measured with another weight of features",
+            where=config.moments,
+            expected=f"--feature_weight {config.convert.feature_weight}",
+            found=weight,
+            hint="run `calibrate` with this --feature_weight and --sae_dir",
         )
     if config.convert.metric == "kfac" and not moments.gradients:
         raise UsageError(

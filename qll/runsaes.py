@@ -6,6 +6,7 @@ folder is used. One is in memory at a time, beside both models.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from qll import store
-from qll.calibrate import MomentStore
+from qll.calibrate import ExtraGradients, MomentStore
 from qll.config import ConvertOptions, MainConfig
 from qll.convert import metrics_of
 from qll.convert.metric import Metric
@@ -32,6 +33,8 @@ from qll.runtexts import evaluation_texts
 
 # Tokens per window: the windows of a text are the documents of the bootstrap, so more is better
 CONTEXT = 256
+
+logger = logging.getLogger("qll.runsaes")
 
 
 def require_places(sae_dir: Path, places: Sequence[str], source: Source) -> list[str]:
@@ -65,6 +68,39 @@ def require_saes(config: MainConfig, source: Source) -> list[str]:
         return []
     places = [f"layers.{block}" for block in dict.fromkeys(config.blocks_with_sae())]
     return require_places(config.sae_dir, places, source)
+
+
+def feature_gradients(
+    config: MainConfig, source: Source, device: torch.device
+) -> ExtraGradients | None:
+    """What --feature_weight adds to the gradients of a calibration; None without it.
+
+    Uses the autoencoders of residual streams after a block; warns of the others, and raises
+    UsageError when there is none of those.
+    """
+    from qll.lens import load_sae
+    from qll.lens.feature_gradient import feature_gradient
+
+    weight, found, facts = config.convert.feature_weight, {}, []
+    if not weight or config.convert.keep == 1.0:
+        return None
+    for name in require_saes(config, source):
+        sae = load_sae(config.sae_dir, name, device=device)
+        place = sae.spec.hookpoint
+        block = site_of(place).block
+        if sae.spec.transcodes or place != f"layers.{block}" or block in found:
+            logger.warning("autoencoder %s: not the first after a block, it steers nothing", name)
+            continue
+        found[block] = feature_gradient(sae, weight, config.seed)
+        facts.append({"hookpoint": place, "d_sae": sae.spec.d_sae, "k": sae.spec.k})
+    if not found:
+        raise UsageError(
+            "no autoencoder of a residual stream after a block",
+            where="--feature_weight",
+            expected="for instance one at layers.9",
+            found=str(config.sae_dir),
+        )
+    return ExtraGradients({"feature_weight": weight, "seed": config.seed, "saes": facts}, found)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,15 @@
 from qll.calibrate.capture import collect
 from qll.calibrate.journal import Journal
 from qll.calibrate.moments import LINEARS, LinearMoments, MomentStore
+from qll.calibrate.passes import ExtraGradients
 from qll.calibrate.streams import Streams
 
-__all__ = ["LINEARS", "Journal", "LinearMoments", "MomentStore", "Streams", "collect"]
+__all__ = [
+    "LINEARS",
+    "ExtraGradients",
+    "Journal",
+    "LinearMoments",
+    "MomentStore",
+    "Streams",
+    "collect",
+]
