@@ -163,11 +163,13 @@ def export(config: ExportConfig) -> None:
 
 
 def report(config: ReportConfig) -> None:
-    """Draw report.html again from report.json."""
+    """Draw report.html again from report.json, and the pages of autoencoders from theirs."""
     from qll import store
-    from qll.report import read_report, render, text_table
+    from qll.report import read_features, read_report, render, render_features, text_table
 
     value = read_report(config.run / "report.json")
+    for path in sorted((config.run / "features").glob("*.json")):
+        store.write_text(path.with_suffix(".html"), render_features(read_features(path)))
     store.write_text(config.run / "report.html", render(value))
     print(text_table(value))
     print(f"report: {config.run / 'report.html'}")

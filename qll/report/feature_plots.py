@@ -21,8 +21,8 @@ from qll.report.plots import (
 )
 from qll.report.units import Number
 
-SIZE = (380, 250)
-LEFT = 0.12
+SIZE = (380, 220)
+LEFT = 0.14
 MOST_POINTS = 3000
 # the controls in the order they are drawn, with their colour and dash
 CONTROLS = {
@@ -103,7 +103,7 @@ def keep_curve(over_keep: Mapping[str, Sequence[Number]], now: Number | None) ->
     """
     with rc_context(STYLE):
         figure, axes = new_axes(LEFT, SIZE)
-        axes.plot(over_keep["keep"], over_keep["every"], color=RANDOM, lw=1.8)
+        axes.plot(over_keep["keep"], over_keep["every"], color=RANDOM, ls=(0, (4, 3)), lw=1.8)
         axes.plot(over_keep["keep"], over_keep["kept_share"], color=DENSE, lw=2.2)
         if now is not None:
             axes.axhline(now, color=CONVERTED, lw=1.5, ls=(0, (4, 3)))

@@ -159,12 +159,12 @@ def _controls(entry: Mapping[str, Any]) -> list[dict[str, Any]]:
             "name": title,
             "meaning": meaning,
             "kept": units.percent(found["kept_share"]["unweighted"]),
-            "r": units.number(found["medians"]["r"]),
-            "jaccard": units.number(found["medians"]["jaccard"]),
-            "firm": units.number(found["medians"]["firm_jaccard"]),
-            "direction": units.number(found["medians"]["direction"]),
-            "births": units.number(found["births_per_token"]),
-            "deaths": units.number(found["deaths_per_token"]),
+            "r": units.decimals(found["medians"]["r"]),
+            "jaccard": units.decimals(found["medians"]["jaccard"]),
+            "firm": units.decimals(found["medians"]["firm_jaccard"]),
+            "direction": units.decimals(found["medians"]["direction"]),
+            "births": units.rounded(found["births_per_token"]),
+            "deaths": units.rounded(found["deaths_per_token"]),
         }
         for title, meaning, found in rows
     ]
@@ -188,14 +188,14 @@ def _plots(value: Mapping[str, Any], columns: Mapping[str, int]) -> dict[str, Ma
 
 def _pairs(entry: Mapping[str, Any]) -> list[dict[str, Any]]:
     names = {
-        "fvu": "variance not explained (FVU)",
-        "l0": "features per token (L0)",
-        "ce_score": "loss recovered (CE score)",
-        "dead": "features that never fire",
+        "fvu": ("variance not explained (FVU)", units.number),
+        "l0": ("features per token (L0)", units.rounded),
+        "ce_score": ("loss recovered (CE score)", units.number),
+        "dead": ("features that never fire", units.count),
     }
     return [
-        pair(title, entry["dense"].get(name), entry["converted"].get(name), units.number)
-        for name, title in names.items()
+        pair(title, entry["dense"].get(name), entry["converted"].get(name), text)
+        for name, (title, text) in names.items()
     ]
 
 

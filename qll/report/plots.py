@@ -24,6 +24,7 @@ from qll.report.units import Number
 
 SVG = "{http://www.w3.org/2000/svg}"
 WIDTH, HEIGHT = 262, 182  # CSS pixels; the page scales a panel by at most a third
+ABOVE, BELOW = 24, 39  # CSS pixels over and under the axes, for their names
 INK, SOFT, LINE = "#010101", "#020202", "#030303"
 DENSE, CONVERTED, RANDOM = "#040404", "#050505", "#060606"
 VARIABLES = {
@@ -154,7 +155,8 @@ def new_axes(left: float, size: tuple[int, int] = (WIDTH, HEIGHT)) -> tuple[Figu
     """A figure of `size` CSS pixels with one pair of axes in the style of the report."""
     figure = Figure(figsize=(size[0] / 72, size[1] / 72), dpi=72)
     figure.patch.set_visible(False)
-    axes = figure.add_axes((left, 0.215, 0.985 - left, 0.655))
+    bottom, top = BELOW / size[1], 1 - ABOVE / size[1]
+    axes = figure.add_axes((left, bottom, 0.985 - left, top - bottom))
     axes.patch.set_visible(False)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(LINE)
@@ -166,8 +168,10 @@ def new_axes(left: float, size: tuple[int, int] = (WIDTH, HEIGHT)) -> tuple[Figu
 
 def label(axes: Axes, vertical: str, horizontal: str) -> None:
     """Names of the two axes: above the vertical one, behind the horizontal one."""
-    axes.text(-0.165, 1.1, vertical, transform=axes.transAxes, color=SOFT, va="center")
-    axes.text(1, -0.25, horizontal, transform=axes.transAxes, color=SOFT, ha="right", va="center")
+    height = 72 * axes.figure.get_size_inches()[1] * axes.get_position().height
+    above, below = 1 + 0.5 * ABOVE / height, -0.77 * BELOW / height
+    axes.text(-0.165, above, vertical, transform=axes.transAxes, color=SOFT, va="center")
+    axes.text(1, below, horizontal, transform=axes.transAxes, color=SOFT, ha="right", va="center")
 
 
 def _values(curve: Curve) -> list[Number]:
