@@ -22,6 +22,7 @@ from qll.config import (
     ExportConfig,
     GenerateConfig,
     InspectConfig,
+    LensConfig,
     MainConfig,
     ReportConfig,
     VerifyConfig,
@@ -129,6 +130,18 @@ def generate(config: GenerateConfig) -> None:
     print()
 
 
+def lens(config: LensConfig) -> None:
+    """Study autoencoders on a dense and a converted model; prints a table of what survived."""
+    from qll import pipeline
+    from qll.report import features_table
+
+    out = pipeline.look_at_folder(config)
+    value = json.loads((out / "lens.json").read_text("utf-8"))
+    print(features_table(value["layers"]))
+    for entry in value["layers"].values():
+        print(f"page: {out / entry['page']}")
+
+
 def verify(config: VerifyConfig) -> None:
     """Check a converted folder and say so."""
     from qll.model import load
@@ -147,11 +160,13 @@ def export(config: ExportConfig) -> None:
 
 
 def report(config: ReportConfig) -> None:
-    """Draw report.html again from report.json."""
+    """Draw report.html again from report.json, and the pages of autoencoders from theirs."""
     from qll import store
-    from qll.report import read_report, render, text_table
+    from qll.report import read_features, read_report, render, render_features, text_table
 
     value = read_report(config.run / "report.json")
+    for path in sorted((config.run / "features").glob("*.json")):
+        store.write_text(path.with_suffix(".html"), render_features(read_features(path)))
     store.write_text(config.run / "report.html", render(value))
     print(text_table(value))
     print(f"report: {config.run / 'report.html'}")
@@ -165,6 +180,7 @@ VERBS = {
     "convert": Verb(MainConfig, convert, "calibrate, plan and convert"),
     "eval": Verb(EvalConfig, evaluate, "perplexity, bits per byte, KL, agreement"),
     "generate": Verb(GenerateConfig, generate, "continue a prompt"),
+    "lens": Verb(LensConfig, lens, "which features of autoencoders survive, with pages"),
     "verify": Verb(VerifyConfig, verify, "check a converted folder against its manifest"),
     "export": Verb(ExportConfig, export, "write a plain Llama, or factors as pairs of linears"),
     "report": Verb(ReportConfig, report, "draw the page and the table again"),

@@ -46,6 +46,8 @@ class ConvertOptions:
     (inner: joint_channels, joint_value_output, joint_query_key), both, or neither."""
     metric: Literal["kfac", "activation", "plain"] = "kfac"
     """Norm in which weights are truncated: K-FAC (inputs and output gradients), inputs, or none."""
+    feature_weight: float = 0.0
+    """Weight of keeping every feature of --sae_dir apart, beside the loss, in the kfac metric."""
     allocation: Literal["global", "uniform"] = "global"
     """One budget over all matrices by predicted loss, or equal shares (auto is then lowrank)."""
     outliers: float = 0.0
@@ -80,6 +82,20 @@ class ConvertOptions:
         _require_positive("--sites", self.sites, least=2)
         _require_positive("--bits_group", self.bits_group, least=1)
         _require_positive("--sweeps", self.sweeps, least=0)
+        if not 0 <= self.feature_weight < float("inf"):
+            raise UsageError(
+                "not a weight",
+                where="--feature_weight",
+                expected="a finite number of at least 0",
+                found=self.feature_weight,
+            )
+        if self.feature_weight and self.metric != "kfac":
+            raise UsageError(
+                "features are weighed in output gradients, which this metric has not",
+                where="--feature_weight",
+                expected="--metric kfac",
+                found=self.metric,
+            )
 
 
 @dataclass(frozen=True)
@@ -220,6 +236,10 @@ class MainConfig:
             raise UsageError(
                 "no such file", where="--plan", found=self.plan, hint="write one with `plan`"
             )
+        if self.convert.feature_weight and self.sae_dir is None:
+            raise UsageError(
+                "needs --sae_dir", where="--feature_weight", found=self.convert.feature_weight
+            )
         self.blocks_with_sae()
 
     def blocks_with_sae(self) -> list[int]:
@@ -326,6 +346,59 @@ class GenerateConfig:
                 )
             found.append((f"layers.{place}" if place.isdecimal() else place, feature, amount))
         return found
+
+
+@dataclass(frozen=True)
+class LensConfig:
+    """Which features of sparse autoencoders survive in a model that was converted before.
+
+    Reads a text with the dense and the converted model and leaves lens.json and, per autoencoder,
+    features/<place>.html, .json and .safetensors. For instance:
+    main.py lens --model runs/mine --sae_dir saes --hookpoints 9 20 --out runs/mine_lens
+    """
+
+    model: Path
+    """Folder of a finished run, or of a converted checkpoint."""
+    sae_dir: Path
+    """Folder of sparse autoencoders (sparsify, SAELens or Llama Scope)."""
+    hookpoints: tuple[str, ...] = ()
+    """Blocks (9 is their residual stream) or places (layers.9.mlp); default: all of the folder."""
+    llama_dir: Path | None = None
+    """The dense checkpoint; default: the embedded SmolLM2-135M-Instruct."""
+    eval_text: Path | None = None
+    """UTF-8 text to read; default: the evaluation half of pydoc_data's topics."""
+    eval_tokens: int = 4096
+    """Tokens of it to read; features that fire on fewer than 30 are counted as unmeasured."""
+    moments: Path | None = None
+    """Folder left by `calibrate`: critical bonds are then cut in its metric, not in the plain."""
+    reach: int = 2
+    """Blocks before and after a place whose matrices are asked about every feature."""
+    out: Path = Path("runs/lens")
+    """Output folder; a second run with the same settings resumes it."""
+    device: Device = "auto"
+    """Where to run."""
+    seed: int = 0
+    """Seed of everything random."""
+
+    def __post_init__(self) -> None:
+        _require_positive("--eval_tokens", self.eval_tokens, least=2)
+        _require_positive("--reach", self.reach, least=1)
+        if self.eval_text is not None and not self.eval_text.is_file():
+            raise UsageError(
+                "no such file",
+                where="--eval_text",
+                found=self.eval_text,
+                hint="give the path of a text",
+            )
+
+    def places(self) -> list[str]:
+        """The names of --hookpoints, a number standing for the stream after that block.
+
+        >>> LensConfig(Path("m"), Path("s"), hookpoints=("9", "layers.3.mlp")).places()
+        ['layers.9', 'layers.3.mlp']
+        """
+        named = dict.fromkeys(word for part in self.hookpoints for word in part.split(",") if word)
+        return [f"layers.{word}" if word.isdecimal() else word for word in named]
 
 
 @dataclass(frozen=True)

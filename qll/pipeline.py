@@ -10,6 +10,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ import torch
 
 from qll import store
 from qll.calibrate import MomentStore, collect, prior_windows
-from qll.config import EvalConfig, GenerateConfig, MainConfig
+from qll.config import EvalConfig, GenerateConfig, LensConfig, MainConfig, to_json
 from qll.convert import (
     TRIAL_CONTEXT,
     TRIAL_TOKENS,
@@ -29,9 +30,27 @@ from qll.convert import (
 )
 from qll.errors import UsageError
 from qll.load import Source, builtin_texts, encode, open_source, open_tokenizer, read_text
-from qll.runfolder import Run, claim, is_done, recording, timed, total_seconds
+from qll.runfolder import (
+    Run,
+    claim,
+    claim_folder,
+    hearing,
+    is_done,
+    note_warning,
+    recording,
+    timed,
+    total_seconds,
+)
 from qll.runmodel import make_model, require_training
-from qll.runsaes import look_at_features, require_saes
+from qll.runsaes import (
+    CONTEXT,
+    Pair,
+    feature_gradients,
+    look_at_features,
+    look_at_pair,
+    require_places,
+    require_saes,
+)
 from qll.runtexts import (
     calibration_facts,
     calibration_names,
@@ -72,7 +91,7 @@ def run(config: MainConfig, until: str = "report") -> Path:
             return config.out
         results = timed(state, "evaluate", evaluate)
         if config.sae_dir is not None:
-            timed(state, "sae", look_at_features)
+            timed(state, "sae", look_at_features, moments)
         entropy = timed(state, "lens", look_inside)
         timed(state, "report", report, moments, plan, made, results, entropy)
         store.remove(state.work)
@@ -133,6 +152,59 @@ def evaluate_folder(config: EvalConfig) -> dict[str, Any]:
     return {"text": text.name, "sha256": text.sha256, **quality}
 
 
+def look_at_folder(config: LensConfig) -> Path:
+    """Study autoencoders on a folder converted earlier; returns --out, which then has lens.json.
+
+    Raises UsageError when the folder was made from another checkpoint than --llama_dir.
+    """
+    out, source = config.out, open_source(config.llama_dir)
+    inner = config.model / "model"
+    model = inner if (inner / store.MANIFEST_NAME).is_file() else config.model
+    made = store.read_manifest(model)
+    if made.get("source", source.fingerprint) != source.fingerprint:
+        raise UsageError(
+            "the converted folder was made from another checkpoint",
+            where=config.model,
+            expected=f"source {made['source'][:16]}",
+            found=f"{source.name}, {source.fingerprint[:16]}",
+            hint="name its dense checkpoint with --llama_dir",
+        )
+    names = require_places(config.sae_dir, config.places(), source)
+    moments = None if config.moments is None else MomentStore(config.moments)
+    topics = builtin_texts()["python_topics_evaluation"]
+    text = topics if config.eval_text is None else read_text(config.eval_text)
+    settings = to_json(config) | {"fingerprint": source.fingerprint, "text_sha256": text.sha256}
+    settings["converted"] = store.sha256(model / store.MANIFEST_NAME)
+    del settings["out"]
+    with store.lock(out):
+        claim_folder(out, settings)
+        if (out / "lens.json").exists():
+            print(f"{out} is complete; nothing to do", file=sys.stderr)
+            return out
+        pair = Pair(
+            source,
+            model,
+            open_tokenizer(source),
+            choose_device(config.device),
+            text,
+            config.eval_tokens,
+            CONTEXT,
+            out,
+            out / "work",
+            moments,
+            config.reach,
+            config.seed,
+        )
+        with hearing(partial(note_warning, out / "events.jsonl")):
+            section = look_at_pair(pair, config.sae_dir, names)
+        heard = [line["message"] for line in store.read_lines(out / "events.jsonl")]
+        facts = {"schema_version": 1, "model": source.name, "converted": str(model)}
+        warnings = list(dict.fromkeys(heard))
+        store.write_json(out / "lens.json", {**facts, **section, "warnings": warnings})
+        store.remove(pair.work)
+    return out
+
+
 def generate_text(config: GenerateConfig) -> Iterator[str]:
     """Pieces of a continuation by a converted folder or by a dense checkpoint."""
     from qll.model import generate, load, load_dense
@@ -183,16 +255,21 @@ def choose_device(name: str) -> torch.device:
 
 def calibrate(state: Run) -> MomentStore | None:
     """Second moments of every linear on the calibration text, or None for the plain metric."""
-    config = state.config
-    if config.moments is None and (config.convert.metric == "plain" or config.convert.keep == 1.0):
-        return None
+    config, convert = state.config, state.config.convert
+    is_exact = convert.keep == 1.0 and not convert.bits
     if config.moments is not None:
         moments = given_moments(config, state.source)
+    elif convert.metric == "plain" or is_exact:
+        return None
     else:
         windows = calibration_windows(state, config.texts.calib_tokens, config.texts.context)
-        gradients = config.convert.metric == "kfac"
         moments = collect(
-            state.source, windows, state.work / "moments", gradients=gradients, device=state.device
+            state.source,
+            windows,
+            state.work / "moments",
+            gradients=config.convert.metric == "kfac",
+            device=state.device,
+            extra=feature_gradients(config, state.source, state.device),
         )
     if not config.texts.prior_tokens:
         return moments
@@ -225,6 +302,15 @@ def given_moments(config: MainConfig, source: Source) -> MomentStore:
             expected=f"source {source.fingerprint[:16]}",
             found=moments.summary["source"][:16],
             hint=hint,
+        )
+    weight = moments.summary.get("extra", {}).get("feature_weight", 0.0)
+    if weight != config.convert.feature_weight:
+        raise UsageError(
+            "the moments were measured with another weight of features",
+            where=config.moments,
+            expected=f"--feature_weight {config.convert.feature_weight}",
+            found=weight,
+            hint="run `calibrate` with this --feature_weight and --sae_dir",
         )
     if config.convert.metric == "kfac" and not moments.gradients:
         raise UsageError(

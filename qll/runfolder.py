@@ -11,7 +11,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -82,8 +82,16 @@ class Run:
 
 def claim(state: Run) -> None:
     """Write run.json, or check that the one there is of the same settings and source."""
-    path = state.out / "run.json"
     resolved = {**_binding(state.config), "fingerprint": state.source.fingerprint}
+    claim_folder(state.out, resolved)
+
+
+def claim_folder(out: Path, resolved: dict[str, Any]) -> None:
+    """Write run.json with the settings `resolved`, or check that the one there has the same.
+
+    Raises ForeignRunError, naming the settings that differ.
+    """
+    path = out / "run.json"
     if path.exists():
         before = settings_of(path)
         if differing := [
@@ -91,17 +99,17 @@ def claim(state: Run) -> None:
         ]:
             raise ForeignRunError(
                 "the folder belongs to another run",
-                where=state.out,
+                where=out,
                 expected=", ".join(f"{key}={_flat(before).get(key)}" for key in differing),
                 found=", ".join(f"{key}={_flat(resolved)[key]}" for key in differing),
                 hint="choose another --out, or delete the folder to start over",
             )
-        store.clean(state.out)
+        store.clean(out)
         return
-    if any(state.out.glob("*.json")) or state.model.exists():
+    if any(out.glob("*.json")) or (out / "model").exists():
         raise ForeignRunError(
             "the folder holds files of something else",
-            where=state.out,
+            where=out,
             hint="choose an --out that does not exist yet",
         )
     store.write_json(path, {"settings": resolved, **environment()})
@@ -179,21 +187,36 @@ def killed_stages(state: Run) -> list[str]:
 def recording(state: Run) -> Iterator[None]:
     """Collect every warning of the rooms into the events and the report."""
 
-    class Collector(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            message = record.getMessage()
-            if message not in state.warnings:
-                state.warnings.append(message)
-                store.append_line(state.events, {"event": "warning", "message": message})
+    def hear(message: str) -> None:
+        if message not in state.warnings:
+            state.warnings.append(message)
+            note_warning(state.events, message)
 
     earlier = [
         line["message"] for line in store.read_lines(state.events) if line.get("event") == "warning"
     ]
     state.warnings.extend(dict.fromkeys(earlier))
-    handler, root = Collector(level=logging.WARNING), logging.getLogger("qll")
+    with hearing(hear):
+        for stage in killed_stages(state):
+            logger.warning("an attempt was killed during %s: its seconds are not counted", stage)
+        yield
+
+
+def note_warning(events: Path, message: str) -> None:
+    """Add a warning to the events."""
+    store.append_line(events, {"event": "warning", "message": message})
+
+
+@contextmanager
+def hearing(hear: Callable[[str], None]) -> Iterator[None]:
+    """Call `hear` with every warning of the rooms."""
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            hear(record.getMessage())
+
+    handler, root = Listener(level=logging.WARNING), logging.getLogger("qll")
     root.addHandler(handler)
-    for stage in killed_stages(state):
-        logger.warning("an attempt was killed during %s: its seconds are not counted", stage)
     try:
         yield
     finally:

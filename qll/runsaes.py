@@ -6,21 +6,47 @@ folder is used. One is in memory at a time, beside both models.
 
 from __future__ import annotations
 
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from qll import store
-from qll.config import MainConfig
+from qll.calibrate import ExtraGradients, MomentStore
+from qll.config import ConvertOptions, MainConfig
+from qll.convert import metrics_of
+from qll.convert.metric import Metric
 from qll.errors import ShapeError, UsageError
-from qll.load import Source, encode
+from qll.lens import Study
+from qll.lens.weight_table import REACH
+from qll.load import Source, Text, encode
 from qll.load.sae import find_saes, open_sae
 from qll.load.sae_names import site_of
+from qll.report import page_value, render_features
 from qll.runfolder import Run
 from qll.runtexts import evaluation_texts
 
 # Tokens per window: the windows of a text are the documents of the bootstrap, so more is better
 CONTEXT = 256
+
+logger = logging.getLogger("qll.runsaes")
+
+
+def require_places(sae_dir: Path, places: Sequence[str], source: Source) -> list[str]:
+    """Names of the autoencoders of `sae_dir` at `places`, or of all; each of them is opened.
+
+    Raises MissingFileError (naming what the folder has) and the errors of `require_saes`.
+    """
+    # an empty folder is refused by asking it for something
+    names = list(places) or _all_of(sae_dir) or ["layers.0"]
+    for name in names:
+        _require_fit(sae_dir, source, name)
+    return names
 
 
 def require_saes(config: MainConfig, source: Source) -> list[str]:
@@ -40,51 +66,157 @@ def require_saes(config: MainConfig, source: Source) -> list[str]:
         )
     if config.sae_dir is None:
         return []
-    names = [f"layers.{block}" for block in dict.fromkeys(config.blocks_with_sae())]
-    # an empty folder is refused by asking it for something
-    for name in (names := names or _all_of(config) or ["layers.0"]):
-        _require_fit(config, source, name)
-    return names
+    places = [f"layers.{block}" for block in dict.fromkeys(config.blocks_with_sae())]
+    return require_places(config.sae_dir, places, source)
 
 
-def look_at_features(state: Run) -> dict[str, Any]:
+def feature_gradients(
+    config: MainConfig, source: Source, device: torch.device
+) -> ExtraGradients | None:
+    """What --feature_weight adds to the gradients of a calibration; None without it.
+
+    Uses the autoencoders of residual streams after a block; warns of the others, and raises
+    UsageError when there is none of those.
+    """
+    from qll.lens import load_sae
+    from qll.lens.feature_gradient import feature_gradient
+
+    weight, found, facts = config.convert.feature_weight, {}, []
+    if not weight or config.convert.keep == 1.0:
+        return None
+    for name in require_saes(config, source):
+        sae = load_sae(config.sae_dir, name, device=device)
+        place = sae.spec.hookpoint
+        block = site_of(place).block
+        if sae.spec.transcodes or place != f"layers.{block}" or block in found:
+            logger.warning("autoencoder %s: not the first after a block, it steers nothing", name)
+            continue
+        found[block] = feature_gradient(sae, weight, config.seed)
+        facts.append({"hookpoint": place, "d_sae": sae.spec.d_sae, "k": sae.spec.k})
+    if not found:
+        raise UsageError(
+            "no autoencoder of a residual stream after a block",
+            where="--feature_weight",
+            expected="for instance one at layers.9",
+            found=str(config.sae_dir),
+        )
+    return ExtraGradients({"feature_weight": weight, "seed": config.seed, "saes": facts}, found)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A dense and a converted model on disk, what both will read, and where results go."""
+
+    source: Source
+    model: Path
+    """The converted checkpoint."""
+    tokenizer: Any
+    device: torch.device
+    text: Text
+    tokens: int
+    context: int
+    out: Path
+    """Gets features/ with three files per autoencoder."""
+    work: Path
+    """Gets sae.json, the part of the report that is done, and scratch files."""
+    moments: MomentStore | None = None
+    """For the metric of critical bonds."""
+    reach: int = REACH
+    seed: int = 0
+
+    @property
+    def done(self) -> dict[str, Any]:
+        """The sae section of report.json as far as it is done."""
+        path = self.work / "sae.json"
+        return store.read_json(path) if path.exists() else {"layers": {}}
+
+
+def look_at_features(state: Run, moments: MomentStore | None) -> dict[str, Any]:
     """The sae section of report.json: every autoencoder on the dense and the converted model.
 
-    Measured on the first evaluation text, whose windows are the documents. What is done stands in
-    work/sae.json, so that a killed run goes on with the next autoencoder.
+    Measured on the first evaluation text, whose windows are the documents.
     """
-    from qll.lens import compare, load_sae
+    texts = state.config.texts
+    pair = Pair(
+        state.source,
+        state.model,
+        state.tokenizer,
+        state.device,
+        evaluation_texts(state.config)[0],
+        texts.eval_tokens,
+        min(texts.context, CONTEXT),
+        state.out,
+        state.work,
+        moments,
+        seed=state.config.seed,
+    )
+    return look_at_pair(pair, state.config.sae_dir, require_saes(state.config, state.source))
+
+
+def look_at_pair(pair: Pair, sae_dir: Path, names: Sequence[str]) -> dict[str, Any]:
+    """Study the autoencoders `names` of `sae_dir` one by one; returns what `Pair.done` then says.
+
+    A killed run goes on with the next autoencoder. Raises what `encode`, `load` and `study` raise.
+    """
+    from qll.lens import load_sae, study
     from qll.model import load, load_dense
 
-    path, names = state.features, require_saes(state.config, state.source)
-    section = store.read_json(path) if path.exists() else {"layers": {}}
+    section = pair.done
     if len(section["layers"]) == len(names):
         return section
-    texts = state.config.texts
-    text = evaluation_texts(state.config)[0]
-    context = min(texts.context, CONTEXT)
-    windows, _ = encode(text, state.tokenizer, texts.eval_tokens, context)
-    dense = load_dense(state.source, torch.float32, state.device)
-    converted = load(state.model, device=state.device, dtype=torch.float32, verify=False)
-    special = state.tokenizer.all_special_ids
+    windows, _ = encode(pair.text, pair.tokenizer, pair.tokens, pair.context)
+    dense = load_dense(pair.source, torch.float32, pair.device)
+    converted = load(pair.model, device=pair.device, dtype=torch.float32, verify=False)
     for name in names[len(section["layers"]) :]:
-        sae = load_sae(state.config.sae_dir, name, device=state.device)
-        found = compare(dense, converted, sae, windows, special=special, seed=state.config.seed)
-        key = _key(found["hookpoint"], section["layers"])
-        section["layers"][key] = {"text": text.name, **found}
-        store.write_json(path, section)
+        found = study(
+            dense,
+            converted,
+            load_sae(sae_dir, name, device=pair.device),
+            windows,
+            pair.tokenizer,
+            pair.work / "codes",
+            metric_at=partial(_metric_at, pair.source, pair.moments),
+            reach=pair.reach,
+            seed=pair.seed,
+        )
+        key = _key(found.entry["hookpoint"], section["layers"])
+        section["layers"][key] = write_study(pair, key, found)
+        store.write_json(pair.work / "sae.json", section)
     return section
 
 
-def _all_of(config: MainConfig) -> list[str]:
-    """Paths of all autoencoders below --sae_dir, by block."""
+def write_study(pair: Pair, key: str, found: Study) -> dict[str, Any]:
+    """features/<place>: .safetensors (numbers by feature), .json (what the page shows) and .html.
+
+    Returns the entry of the report: where the page is, beside the numbers.
+    """
+    stem = re.sub(r"[^\w.]+", "_", f"layers.{key}" if key.isdecimal() else key).strip("_")
+    entry = {"text": pair.text.name, **found.entry, "page": f"features/{stem}.html"}
+    folder = pair.out / "features"
+    store.make_folder(folder)
+    value = page_value(pair.source.name, entry, found.features, found.examples)
+    store.write_tensors(folder / f"{stem}.safetensors", found.features)
+    store.write_json(folder / f"{stem}.json", value)
+    store.write_text(folder / f"{stem}.html", render_features(value))
+    return entry
+
+
+def _metric_at(source: Source, moments: MomentStore | None, matrix: str) -> Metric:
+    """The metric of the moments at one matrix; the plain one without moments."""
+    kind = "kfac" if moments is not None and moments.gradients else "activation"
+    options = ConvertOptions(metric="plain" if moments is None else kind)
+    return metrics_of(source, moments, [matrix], options)[0]
+
+
+def _all_of(sae_dir: Path) -> list[str]:
+    """Paths of all autoencoders below a folder, by block."""
 
     def order(name: str) -> tuple[int, str]:
         hookpoint = found[name].hookpoint
         block = site_of(hookpoint).block if hookpoint else None
         return (-1 if block is None else block, name)
 
-    found = find_saes(config.sae_dir)
+    found = find_saes(sae_dir)
     return sorted(found, key=order)
 
 
@@ -95,23 +227,23 @@ def _key(hookpoint: str, taken: dict[str, Any]) -> str:
     return key if key not in taken else f"{key} ({len(taken)})"
 
 
-def _require_fit(config: MainConfig, source: Source, name: str) -> None:
-    spec = open_sae(config.sae_dir, name).spec
+def _require_fit(sae_dir: Path, source: Source, name: str) -> None:
+    spec = open_sae(sae_dir, name).spec
     for place in {spec.hookpoint, spec.writes}:
         block = site_of(place).block
         if block is not None and block >= source.config.num_hidden_layers:
             raise UsageError(
                 "the autoencoder belongs to a block that the model does not have",
-                where=f"--sae_dir {config.sae_dir}",
+                where=f"--sae_dir {sae_dir}",
                 expected=f"0 to {source.config.num_hidden_layers - 1}",
                 found=place,
-                hint="name blocks with --sae_layers",
+                hint="name those that fit: --sae_layers, or --hookpoints of `lens`",
             )
     wide = spec.writes == "embed_tokens" or not spec.writes.endswith("_proj.input")
     if wide and spec.d_out != source.config.hidden_size:
         raise ShapeError(
             "the autoencoder has another width than the model",
-            where=f"{config.sae_dir}: {name}",
+            where=f"{sae_dir}: {name}",
             expected=source.config.hidden_size,
             found=spec.d_out,
             hint="it belongs to another model",

@@ -3,11 +3,13 @@
 from qll.calibrate.capture import collect
 from qll.calibrate.journal import Journal
 from qll.calibrate.moments import LINEARS, LinearMoments, MomentStore
+from qll.calibrate.passes import ExtraGradients
 from qll.calibrate.prior import prior_windows
 from qll.calibrate.streams import Streams
 
 __all__ = [
     "LINEARS",
+    "ExtraGradients",
     "Journal",
     "LinearMoments",
     "MomentStore",

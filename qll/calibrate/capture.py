@@ -22,6 +22,7 @@ from qll import store
 from qll.calibrate.journal import Journal
 from qll.calibrate.moments import HEAD_NAME, SUMMARY_NAME, MomentStore, block_name
 from qll.calibrate.passes import (
+    ExtraGradients,
     Run,
     backward_block,
     embed_windows,
@@ -44,12 +45,14 @@ def collect(
     *,
     gradients: bool,
     device: str | torch.device = "cpu",
+    extra: ExtraGradients | None = None,
 ) -> MomentStore:
     """Second moments of all linear layers of `source` over `windows`, written to `folder`.
 
     With `gradients`, also those of dLoss/dOutput, where the loss is the cross-entropy of every
     next token summed over all windows (so that the scale per token does not depend on how many
-    there are); see `probe` for how single gradients are trimmed and clipped. Activations between
+    there are); see `probe` for how single gradients are trimmed and clipped. `extra` adds gradients
+    of something else to it, at the outputs of some blocks. Activations between
     blocks take windows x context x d_model x 4 bytes, times n_layers + 3 with gradients; they are
     in memory up to 2 GB and in files of `folder` above that.
 
@@ -76,7 +79,7 @@ def collect(
             expected="[windows, context >= 2]",
             found=list(windows.shape),
         )
-    journal = Journal(folder, _job(source, windows, gradients))
+    journal = Journal(folder, _job(source, windows, gradients, extra))
     if (folder / SUMMARY_NAME).is_file() and journal.intact:
         store.remove(folder / STREAMS_NAME)
         return MomentStore(folder)
@@ -88,7 +91,8 @@ def collect(
         file=sys.stderr,
         disable=None,
     ) as progress:
-        _passes(Run(source, windows, journal, gradients, torch.device(device), streams, progress))
+        device = torch.device(device)
+        _passes(Run(source, windows, journal, gradients, device, streams, progress, extra))
     store.write_json(folder / SUMMARY_NAME, _summary(journal))
     streams.close()
     return MomentStore(folder)
@@ -115,9 +119,12 @@ def _streams(source: Source, windows: Tensor, journal: Journal, gradients: bool)
     return streams
 
 
-def _job(source: Source, windows: Tensor, gradients: bool) -> dict[str, Any]:
+def _job(
+    source: Source, windows: Tensor, gradients: bool, extra: ExtraGradients | None
+) -> dict[str, Any]:
     """What must be the same for a run to continue another."""
-    return {
+    job = {} if extra is None else {"extra": dict(extra.facts)}
+    return job | {
         "schema_version": SCHEMA_VERSION,
         "source": source.fingerprint,
         "windows": list(windows.shape),

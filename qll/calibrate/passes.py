@@ -7,7 +7,9 @@ final norm), `gradient.i` the gradient of the summed loss with respect to `hidde
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -28,6 +30,19 @@ CHUNK_BYTES = 128 << 20
 
 
 @dataclass(frozen=True)
+class ExtraGradients:
+    """Something other than the loss that a conversion should preserve: gradients added to its own.
+
+    `at` maps a block to a function (number of the window, the block's output [context, d_model],
+    the loss's gradient there, the same shape) -> what is added to that gradient. It flows back
+    through everything before. `facts` is JSON that tells one such set of functions from another.
+    """
+
+    facts: Mapping[str, Any]
+    at: Mapping[int, Callable[[int, Tensor, Tensor], Tensor]]
+
+
+@dataclass(frozen=True)
 class Run:
     """What every stage of one calibration needs."""
 
@@ -38,6 +53,7 @@ class Run:
     device: torch.device
     streams: Streams
     progress: tqdm
+    extra: ExtraGradients | None = None
 
     @property
     def n_layers(self) -> int:
@@ -151,6 +167,9 @@ def backward_block(run: Run, index: int) -> None:
             state = hidden[number : number + 1].to(run.device).requires_grad_()
             output = run_block(block, state)
             slope = above[number : number + 1].to(run.device)
+            if run.extra is not None and index in run.extra.at:
+                added = run.extra.at[index](number, output[0].detach(), slope[0])
+                slope = slope + added.to(slope)[None]
             below[number] = torch.autograd.grad(output, state, slope)[0][0].cpu()
             influence += _influence(state.detach(), output.detach())
             run.progress.update(state.shape[1] / run.n_layers)

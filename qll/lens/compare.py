@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import logging
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -51,6 +51,20 @@ def compare(
     survival, others, ledger = survive(
         dense, converted, sae, windows, special=special, controls=controls, seed=seed
     )
+    return entry_of(dense, converted, sae, windows, survival, others, ledger, special)
+
+
+def entry_of(
+    dense: PreTrainedModel,
+    converted: PreTrainedModel,
+    sae: SAE,
+    windows: Int[Tensor, "windows context"],
+    survival: Survival,
+    others: Mapping[str, Survival],
+    ledger: Ledger,
+    special: Collection[int] = (),
+) -> dict[str, Any]:
+    """What `compare` returns, from the sums of `survive`; warns as it does."""
     summary = survival.summary()
     if summary["measured"] < summary["unmeasured"]:
         logger.warning(
@@ -84,7 +98,7 @@ def survive(
 ) -> tuple[Survival, dict[str, Survival], Ledger]:
     """Sums of the comparison, of each control, and the error ledger; one pass over the windows."""
     hand = torch.Generator().manual_seed(seed)
-    found, ledger = Survival(sae), Ledger(sae)
+    found, ledger = Survival(sae, documents=True), Ledger(sae)
     others = {name: Survival(sae) for name in controls}
     rounded = copy.deepcopy(dense).to(torch.bfloat16) if "floor" in others else None
     reads, writes = sae.spec.hookpoint, sae.spec.writes

@@ -24,6 +24,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from qll.errors import ShapeError
+from qll.lens.certainty import RATE, DocumentSums, certainty, pearson
 from qll.lens.codes import SparseCodes
 from qll.lens.sae import SAE
 from qll.lens.sae_metrics import MEASURED_FROM
@@ -79,8 +80,10 @@ class Survival:
     2
     """
 
-    def __init__(self, sae: SAE) -> None:
+    def __init__(self, sae: SAE, *, documents: bool = False) -> None:
+        """With `documents`, sums are also kept per update, to say how sure a single feature is."""
         self.sae, width = sae, sae.spec.d_sae
+        self.documents = DocumentSums() if documents else None
         self.sums = {name: torch.zeros(width, dtype=torch.float64) for name in SUMS}
         self.counts = {name: torch.zeros(width, dtype=torch.int64) for name in COUNTS}
         self.peak = torch.zeros(width)
@@ -116,10 +119,8 @@ class Survival:
 
     def pearson(self) -> Float[Tensor, " d_sae"]:
         """r of every feature, float64; 0 where either side never varies."""
-        s, n = self.sums, self.tokens
-        together = n * s["ab"] - s["a"] * s["b"]
-        alone = (n * s["aa"] - s["a"] ** 2).clamp(min=0) * (n * s["bb"] - s["b"] ** 2).clamp(min=0)
-        return torch.where(alone > 0, together / alone.sqrt(), 0.0).nan_to_num(0.0)
+        sums = (self.sums[name] for name in ("a", "b", "aa", "bb", "ab"))
+        return pearson(*sums, self.tokens).nan_to_num(0.0)
 
     def per_feature(self) -> dict[str, Float[Tensor, " d_sae"]]:
         """r, jaccard, firm_jaccard, direction (ratio), gain, density, peak of every feature.
@@ -136,6 +137,13 @@ class Survival:
             "density": c["fires"] / max(1, self.tokens),
             "peak": self.peak.double(),
         }
+
+    def certainty(self) -> dict[str, Any]:
+        """`qll.lens.certainty.certainty` of the measured features; needs sums per document."""
+        chosen = (self.counts["fires"] >= MEASURED_FROM).nonzero()[:, 0]
+        return {"features": chosen} | certainty(
+            self.documents, chosen, self.pearson()[chosen], KEPT
+        )
 
     def classes(self) -> Int[Tensor, " d_sae"]:
         """Index into CLASSES for every measured feature, -1 for the others."""
@@ -157,8 +165,10 @@ class Survival:
         }
         edges = torch.linspace(0, 1, CDF_POINTS, dtype=torch.float64)
         r = values["r"][measured]
+        found = {} if self.documents is None else {"certainty": self._certainty()}
         return {
             **counts,
+            **found,
             "unmeasured": int((~measured).sum()),
             "measured": int(measured.sum()),
             "tokens": self.tokens,
@@ -171,6 +181,19 @@ class Survival:
             "deaths_per_token": self._per_token("fires"),
             "by_density": _strata(values["density"].log10().floor(), classes),
             "by_peak": _strata(_quartile(values["peak"], measured), classes),
+        }
+
+    def _certainty(self) -> dict[str, Any]:
+        """How many features are certainly damaged, certainly kept, and neither."""
+        sure = self.certainty()
+        damaged, kept = int(sure["damaged"].sum()), int(sure["sure"].sum())
+        return {
+            "damaged": damaged,
+            "kept": kept,
+            "undecided": len(sure["features"]) - damaged - kept,
+            "kept_share_interval": sure["kept_share"],
+            "documents": len(self.documents.tokens),
+            "false_discovery_rate": RATE,
         }
 
     def _add_codes(self, before: SparseCodes, after: SparseCodes) -> None:
@@ -190,6 +213,8 @@ class Survival:
             "firm_both": both & firm,
             "firm_any": firm,
         }
+        if self.documents is not None:
+            self.documents.add(len(before), features, a, b)
         for name, flag in flags.items():
             self.counts[name].index_add_(0, features, flag.long())
         self.peak.scatter_reduce_(0, features, pairs.before.abs(), "amax")

@@ -168,7 +168,7 @@ def check_report(report: Any) -> None:
     Traceback (most recent call last):
     qll.errors.ReportError: report.schema_version: wrong kind of value (expected int, found str)
     """
-    _check(report, SCHEMA, "report")
+    check_schema(report, SCHEMA, "report")
     if report["schema_version"] != SCHEMA_VERSION:
         raise ReportError(
             "this version of the schema is not known",
@@ -179,23 +179,29 @@ def check_report(report: Any) -> None:
         )
 
 
-def _check(value: Any, schema: Any, place: str) -> None:
+def check_schema(value: Any, schema: Any, place: str) -> None:
+    """Raise ReportError, naming the place, unless `value` is made as `schema` says.
+
+    >>> check_schema({"a": [1, "2"]}, {"a": [int]}, "here")
+    Traceback (most recent call last):
+    qll.errors.ReportError: here.a[1]: wrong kind of value (expected int, found str)
+    """
     if isinstance(schema, dict):
         _check_kind(value, (dict,), place)
         for key, inner in schema.items():
             if key is EACH:
                 for name, item in value.items():
-                    _check(item, inner, f"{place}[{name!r}]")
+                    check_schema(item, inner, f"{place}[{name!r}]")
             elif key.removesuffix(OPTIONAL) in value:
                 name = key.removesuffix(OPTIONAL)
-                _check(value[name], inner, f"{place}.{name}")
+                check_schema(value[name], inner, f"{place}.{name}")
             elif not key.endswith(OPTIONAL):
                 found = ", ".join(map(repr, list(value)[:12])) or "no keys"
                 raise ReportError("key is missing", where=place, expected=repr(key), found=found)
     elif isinstance(schema, list):
         _check_kind(value, (list,), place)
         for position, item in enumerate(value):
-            _check(item, schema[0], f"{place}[{position}]")
+            check_schema(item, schema[0], f"{place}[{position}]")
     else:
         _check_kind(value, schema if isinstance(schema, tuple) else (schema,), place)
 
@@ -206,6 +212,15 @@ def _check_kind(value: Any, kinds: tuple[type, ...], place: str) -> None:
         names = " or ".join("null" if kind is NoneType else kind.__name__ for kind in kinds)
         found = "null" if value is None else type(value).__name__
         raise ReportError("wrong kind of value", where=place, expected=names, found=found)
+
+
+def plain(value: Any, place: str) -> Any:
+    """`value` as JSON data; numbers that are not finite become None.
+
+    >>> plain({"a": float("nan"), "b": (1, 2)}, "here")
+    {'a': None, 'b': [1, 2]}
+    """
+    return _plain(value, place, [])
 
 
 def _plain(value: Any, place: str, dropped: list[str]) -> Any:

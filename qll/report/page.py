@@ -34,7 +34,18 @@ def render(report: Mapping[str, Any]) -> str:
     qll.errors.ReportError: report: key is missing (expected 'model', found 'schema_version')
     """
     check_report(report)
-    script, style = _asset("page.js"), _asset("page.css")
+    return render_template(
+        "page.html",
+        "page.js",
+        **view(report),
+        entropy=_entropy(report),
+        spectra=_spectra(report),
+    )
+
+
+def render_template(template: str, script: str, **context: Any) -> str:
+    """A template of this folder with the common style and its script, whose hash it lets run."""
+    code = _asset(script)
     environment = Environment(
         loader=FunctionLoader(_asset),
         autoescape=True,
@@ -45,13 +56,11 @@ def render(report: Mapping[str, Any]) -> str:
     environment.filters |= {
         "percent": units.percent, "count": units.count, "number": units.number, "nats": units.nats,
     }  # fmt: skip
-    return environment.get_template("page.html").render(
-        **view(report),
-        entropy=_entropy(report),
-        spectra=_spectra(report),
-        script=Markup(script),
-        script_hash=_csp_hash(script),
-        style=Markup(style),
+    return environment.get_template(template).render(
+        **context,
+        script=Markup(code),
+        script_hash=_csp_hash(code),
+        style=Markup(_asset("page.css")),
     )
 
 

@@ -1,6 +1,6 @@
 """Curves of the report as small SVG panels, drawn by matplotlib and coloured by the page.
 
-matplotlib draws with stand-in colours; `_clean` replaces them by CSS variables, so one drawing
+matplotlib draws with stand-in colours; `as_svg` replaces them by CSS variables, so one drawing
 serves the light, the dark and the printed page, and drops what a page does not need (metadata,
 ids, long decimals). A panel is about 10 kB. Text in a panel is ours alone: names that come from
 files are written by the HTML template, which escapes them.
@@ -24,6 +24,7 @@ from qll.report.units import Number
 
 SVG = "{http://www.w3.org/2000/svg}"
 WIDTH, HEIGHT = 262, 182  # CSS pixels; the page scales a panel by at most a third
+ABOVE, BELOW = 24, 39  # CSS pixels over and under the axes, for their names
 INK, SOFT, LINE = "#010101", "#020202", "#030303"
 DENSE, CONVERTED, RANDOM = "#040404", "#050505", "#060606"
 VARIABLES = {
@@ -102,7 +103,7 @@ def spectrum_panels(
 
 def _entropy_panel(curve: Curve, top: Number, span: Number) -> str:
     with rc_context(STYLE):
-        figure, axes = _axes(left=0.14)
+        figure, axes = new_axes(left=0.14)
         blocks = list(curve.blocks)
         for values, colour, style, line_width in (
             (curve.random, RANDOM, (0, (4, 3)), 1.3),
@@ -118,13 +119,13 @@ def _entropy_panel(curve: Curve, top: Number, span: Number) -> str:
         axes.set_xlim(min(blocks) - 0.5, max(blocks) + 0.5)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(4))
-        _label(axes, "nats", "block")
-        return _clean(figure, axes)
+        label(axes, "nats", "block")
+        return as_svg(figure, axes)
 
 
 def _spectrum_panel(lines: Sequence[Spectrum], random: Sequence[Number], top: Number) -> str:
     with rc_context(STYLE):
-        figure, axes = _axes(left=0.14)
+        figure, axes = new_axes(left=0.14)
         axes.set_yscale("log")
         for line in lines:
             shade = f"#0700{round(100 * line.depth):02x}"
@@ -146,14 +147,16 @@ def _spectrum_panel(lines: Sequence[Spectrum], random: Sequence[Number], top: Nu
         axes.set_yticks([tick for tick in (0.1, 1, 10, 100) if tick < top])
         axes.yaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
-        _label(axes, "\u03c3 / rms", "rank")
-        return _clean(figure, axes)
+        label(axes, "\u03c3 / rms", "rank")
+        return as_svg(figure, axes)
 
 
-def _axes(left: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72), dpi=72)
+def new_axes(left: float, size: tuple[int, int] = (WIDTH, HEIGHT)) -> tuple[Figure, Axes]:
+    """A figure of `size` CSS pixels with one pair of axes in the style of the report."""
+    figure = Figure(figsize=(size[0] / 72, size[1] / 72), dpi=72)
     figure.patch.set_visible(False)
-    axes = figure.add_axes((left, 0.215, 0.985 - left, 0.655))
+    bottom, top = BELOW / size[1], 1 - ABOVE / size[1]
+    axes = figure.add_axes((left, bottom, 0.985 - left, top - bottom))
     axes.patch.set_visible(False)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(LINE)
@@ -163,9 +166,12 @@ def _axes(left: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _label(axes: Axes, vertical: str, horizontal: str) -> None:
-    axes.text(-0.165, 1.1, vertical, transform=axes.transAxes, color=SOFT, va="center")
-    axes.text(1, -0.25, horizontal, transform=axes.transAxes, color=SOFT, ha="right", va="center")
+def label(axes: Axes, vertical: str, horizontal: str) -> None:
+    """Names of the two axes: above the vertical one, behind the horizontal one."""
+    height = 72 * axes.figure.get_size_inches()[1] * axes.get_position().height
+    above, below = 1 + 0.5 * ABOVE / height, -0.77 * BELOW / height
+    axes.text(-0.165, above, vertical, transform=axes.transAxes, color=SOFT, va="center")
+    axes.text(1, below, horizontal, transform=axes.transAxes, color=SOFT, ha="right", va="center")
 
 
 def _values(curve: Curve) -> list[Number]:
@@ -177,7 +183,7 @@ def _floored(values: Sequence[Number]) -> list[Number]:
     return [value if value >= FLOOR else math.nan for value in values]
 
 
-def _clean(figure: Figure, axes: Axes) -> str:
+def as_svg(figure: Figure, axes: Axes) -> str:
     """The figure as an <svg> element for HTML, with the axes' place in data attributes."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
@@ -199,8 +205,9 @@ def _clean(figure: Figure, axes: Axes) -> str:
         if "style" in element.attrib:
             element.set("style", _coloured(element.attrib["style"]))
     box, limits = axes.get_position(), axes.get_xlim()
+    width, height = (round(72 * inches) for inches in figure.get_size_inches())
     root.attrib = {
-        "viewBox": f"0 0 {WIDTH} {HEIGHT}",
+        "viewBox": f"0 0 {width} {height}",
         "data-left": f"{box.x0:.4f}",
         "data-right": f"{box.x1:.4f}",
         "data-from": f"{limits[0]:.4f}",

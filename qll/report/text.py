@@ -155,6 +155,32 @@ def _mean(values: Iterable[units.Number | None]) -> str:
     return units.nats(fmean(known) if known else None)
 
 
+def features_table(layers: Mapping[str, Mapping[str, Any]]) -> str:
+    """What became of the features of each autoencoder, one line each; "" without any.
+
+    >>> features_table({})
+    ''
+    """
+    header = ("features", "measured", "kept", "blurred", "lost", "silenced", "kept, bf16 floor",
+              "effects kept", "FVU dense", "converted")  # fmt: skip
+    rows = []
+    for entry in layers.values():
+        survival, floor = entry["survival"], entry.get("controls", {}).get("floor")
+        rows.append(
+            (
+                _safe(entry["hookpoint"], 40),
+                units.count(survival["measured"]),
+                units.percent(survival["kept_share"]["unweighted"]),
+                *(units.count(survival[name]) for name in ("blurred", "lost", "silenced")),
+                units.percent(None if floor is None else floor["kept_share"]["unweighted"]),
+                units.percent(entry.get("causal", {}).get("kept_share")),
+                units.number(entry["dense"]["fvu"]),
+                units.number(entry["converted"]["fvu"]),
+            )
+        )
+    return "\n".join(table(header, rows))
+
+
 def _safe(text: str, width: int) -> str:
     """`text` without control characters, shortened in the middle to `width`."""
     shown = "".join(letter if letter.isprintable() else "?" for letter in text)

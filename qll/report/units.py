@@ -100,6 +100,15 @@ def nats(value: Number | None) -> str:
     return NONE if value is None else f"{value:z.3f}"
 
 
+def decimals(value: Number | None) -> str:
+    """A share or a correlation, three decimals, without a sign on zero.
+
+    >>> decimals(0.93217), decimals(-0.0001), decimals(None)
+    ('0.932', '0.000', 'n/a')
+    """
+    return NONE if value is None else f"{value:z.3f}"
+
+
 def ratio(dense: Number | None, converted: Number | None) -> float | None:
     """converted / dense, or None where that has no meaning.
 

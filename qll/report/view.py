@@ -6,6 +6,7 @@ page.js reads. The matrices themselves are in matrices.py.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,6 +15,9 @@ from qll.report.allocation import losses
 from qll.report.matrices import details, format_counts, grid, matrix_rows, metrics, start
 from qll.report.training import training_words
 from qll.report.units import Number
+
+CLASSES = ("kept", "blurred", "lost", "silenced")
+PAGE = re.compile(r"features/\w[\w.]*\.html")
 
 
 def view(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -33,6 +37,9 @@ def view(report: Mapping[str, Any]) -> dict[str, Any]:
         "matrices": matrices,
         "map": grid(matrices),
         "metrics": metrics(matrices),
+        "features": [
+            feature_summary(name, entry) for name, entry in report["sae"]["layers"].items()
+        ],
         "formats": sorted({row["format"] for row in matrices}),
         "warnings": report["warnings"],
         "provenance": list(_provenance(report)),
@@ -59,6 +66,40 @@ def cost_pairs(report: Mapping[str, Any]) -> list[dict[str, Any]]:
         pair(label, values["dense"], values["converted"], text) | {"short": short}
         for label, short, values, text in rows
         if values and not (values["dense"] is None and values["converted"] is None)
+    ]
+
+
+def feature_summary(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """One autoencoder in the report: where its page is, and a few numbers.
+
+    A page that is not where this program writes them is not linked.
+    """
+    survival, page = entry["survival"], str(entry.get("page", ""))
+    floor = entry.get("controls", {}).get("floor")
+    causal = entry.get("causal", {}).get("kept_share")
+    numbers = [
+        ("bfloat16 floor", None if floor is None else floor["kept_share"]["unweighted"],
+         "kept when the dense model is only rounded"),
+        ("effects kept", causal, "of features taken away, changes of the logits that stay"),
+        ("kept by energy", survival["kept_share"]["by_energy"], "features weighed by energy"),
+    ]  # fmt: skip
+    return {
+        "name": entry.get("hookpoint", name),
+        "page": page if PAGE.fullmatch(page) else None,
+        "kept": units.percent(survival["kept_share"]["unweighted"]),
+        "measured": units.count(survival["measured"]),
+        "unmeasured": units.count(survival["unmeasured"]),
+        "classes": class_counts(survival),
+        "numbers": [(title, units.percent(share), meaning) for title, share, meaning in numbers],
+    }
+
+
+def class_counts(survival: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Features per class of survival, with the length of each one's bar in percent."""
+    total = max(1, survival["measured"])
+    return [
+        {"name": name, "count": survival[name], "share": 100 * survival[name] / total}
+        for name in CLASSES
     ]
 
 
