@@ -168,13 +168,12 @@ def sae_train(config: SAETrainConfig) -> None:
     from qll import saejob
 
     result = saejob.train(config)
-    print(f"{'hookpoint':24s} {'FVU':>7s} {'L0':>7s} {'CE score':>9s} {'dead':>7s}")
+    print(f"{'hookpoint':24s} {'dead':>7s} {'FVU':>7s} {'L0':>7s} {'CE score':>9s}")
     for name, found in result["hookpoints"].items():
-        if not found:
-            print(f"{name:24s} not measured")
-            continue
-        fit = f"{found['fvu']:7.4f} {found['l0']:7.1f} {found['ce_score']:9.4f}"
-        print(f"{name:24s} {fit} {found['features']['dead_share']:7.2%}")
+        measured = "not measured"
+        if "fvu" in found:
+            measured = f"{found['fvu']:7.4f} {found['l0']:7.1f} {found['ce_score']:9.4f}"
+        print(f"{name:24s} {found['dead_share']:7.2%} {measured}")
     print(f"autoencoders: {config.out} (use with --sae_dir)")
 
 

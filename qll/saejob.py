@@ -39,6 +39,7 @@ logger = logging.getLogger("qll.saejob")
 
 RESULT = "training.json"
 HELD_OUT = 64  # of so many windows of a text the last one is not trained on, and at least one
+PIECE = 4 << 20  # characters that are cut into tokens at once
 
 
 def train(config: SAETrainConfig) -> dict[str, Any]:
@@ -96,7 +97,8 @@ def split_windows(
     """
     trained, held, facts = [], [], []
     for text in texts:
-        windows, _ = encode(text, tokenizer, None, config.learning.context)
+        parts = (encode(part, tokenizer, None, config.learning.context) for part in pieces(text))
+        windows = torch.cat([part for part, _ in parts])
         if len(windows) < 2:
             raise TextError(
                 "too few tokens to train on some and measure on others",
@@ -111,6 +113,17 @@ def split_windows(
         sizes = {"tokens": trained[-1].numel(), "held_out_tokens": held[-1].numel()}
         facts.append({"name": text.name, "sha256": text.sha256, **sizes})
     return torch.cat(trained), torch.cat(held), facts
+
+
+def pieces(text: Text) -> list[Text]:
+    """A long text in equal parts, so that tokens of all of it never wait in one Python list.
+
+    >>> [len(part.text) for part in pieces(Text("long", "x" * (PIECE + 2)))]
+    [4194306]
+    """
+    size = -(-len(text.text) // max(1, len(text.text) // PIECE))
+    starts = range(0, len(text.text), size)
+    return [Text(text.name, text.text[start : start + size]) for start in starts]
 
 
 def prepared(
@@ -183,18 +196,26 @@ def evaluated(
     tokenizer: PreTrainedTokenizerBase,
     learners: Sequence[Learner],
 ) -> dict[str, Any]:
-    """`qll.lens.measure` of each autoencoder as it was written, on held-out windows in float32."""
+    """`qll.lens.measure` of each autoencoder as it was written, on held-out windows in float32.
+
+    `dead_share` beside it is of training: features that had been silent for --dead_after tokens.
+    """
+    found = {
+        learner.shape.hookpoint: {
+            "dead_share": (learner.silent > learner.dead_after).double().mean().item()
+        }
+        for learner in learners
+    }
     count = config.learning.eval_tokens // held_out.shape[1]
     if not count:
-        return {learner.shape.hookpoint: {} for learner in learners}
+        return found
     # spread over all texts
     places = torch.linspace(0, len(held_out) - 1, min(count, len(held_out))).long()
     prepare_training(model, torch.float32, model.device)
-    special, found = tokenizer.all_special_ids, {}
-    for learner in learners:
-        name = learner.shape.hookpoint
+    special = tokenizer.all_special_ids
+    for name, facts in found.items():
         sae = load_sae(config.out, name, device=model.device)
-        found[name] = measure(model, sae, held_out[places], special=special)
+        facts |= measure(model, sae, held_out[places], special=special)
     return found
 
 

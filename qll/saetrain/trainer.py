@@ -25,6 +25,7 @@ from qll.saetrain.stream import Buffer
 CHECKPOINT, METRICS = "checkpoint.safetensors", "metrics.jsonl"
 # Tokens of text between two checkpoints: so many, or a sixteenth of a shorter run
 CHECKPOINT_TOKENS = 262144
+REVIVE_UNTIL = 0.8  # share of the run; a feature started anew later could not learn any more
 START_TOKENS = 8192  # a centre and a scale of these are as good as of millions
 
 
@@ -50,6 +51,7 @@ class Trainer:
             file=sys.stderr,
             disable=None,
         )
+        store.make_folder(self.out)
         with bar:
             started, before = time.monotonic(), self.seconds
             for buffer in buffers:
@@ -77,8 +79,9 @@ class Trainer:
                     few = order[:START_TOKENS].to(y.device)
                     learner.start(buffer.values[reads][few], buffer.values[writes][few])
                 learner.step(x, y, done)
-        for learner in self.learners:
-            learner.revive(generator)
+        if buffer.read <= REVIVE_UNTIL * self.tokens:
+            for learner in self.learners:
+                learner.revive(generator)
         self.buffers_done, self.read = buffer.number + 1, buffer.read
 
     def save(self) -> None:

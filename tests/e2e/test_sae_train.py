@@ -19,7 +19,7 @@ from tests.e2e.conftest import ROOT
 
 SMALL = (
     *("--expansion", "2", "--k", "8", "--context", "64", "--batch_tokens", "256"),
-    *("--buffer_tokens", "1024", "--precision", "float32", "--seed", "3"),
+    *("--buffer_tokens", "1024", "--precision", "float32", "--seed", "3", "--eval_tokens", "256"),
 )
 PLACES = ("--hookpoints", "layers.0", "layers.1.mlp")
 
@@ -40,7 +40,7 @@ def words(tiny_checkpoint, out, *more: str) -> list[str]:
 @pytest.fixture(scope="module")
 def whole(tiny_checkpoint, tmp_path_factory):
     out = tmp_path_factory.mktemp("sae") / "out"
-    assert main(words(tiny_checkpoint, out, *PLACES, "--tokens", "32768")) == 0
+    assert main(words(tiny_checkpoint, out, *PLACES, "--tokens", "16384")) == 0
     return out
 
 
@@ -51,7 +51,7 @@ def lines(out) -> list[dict]:
 def test_the_folder_says_what_was_trained_and_how_good_it_is(whole, capsys):
     result = json.loads((whole / "training.json").read_text())
     assert set(result["hookpoints"]) == {"layers.0", "layers.1.mlp"}
-    assert result["tokens"] == 32768
+    assert result["tokens"] == 16384
     assert result["texts"][0]["sha256"]
     for found in result["hookpoints"].values():
         assert found["fvu"] < 0.9
@@ -63,23 +63,23 @@ def test_the_folder_says_what_was_trained_and_how_good_it_is(whole, capsys):
 
 def test_the_curve_falls_and_has_every_number(whole):
     curve = [line for line in lines(whole) if line["hookpoint"] == "layers.0"]
-    assert [line["read"] for line in curve] == list(range(1024, 32769, 1024))
+    assert [line["read"] for line in curve] == list(range(1024, 16385, 1024))
     assert curve[-1]["fvu"] < 0.8 * curve[0]["fvu"]
     assert {"l0", "dead_share", "tokens_per_second"} <= set(curve[0])
 
 
 def test_a_finished_folder_is_left_alone_and_a_foreign_one_refused(whole, tiny_checkpoint, capsys):
     before = (whole / "layers.0" / "sae.safetensors").read_bytes()
-    assert main(words(tiny_checkpoint, whole, *PLACES, "--tokens", "32768")) == 0
+    assert main(words(tiny_checkpoint, whole, *PLACES, "--tokens", "16384")) == 0
     assert "nothing to do" in capsys.readouterr().err
     assert main(words(tiny_checkpoint, whole, *PLACES, "--tokens", "4096")) == 2
-    assert "tokens=32768 there, 4096 here" in capsys.readouterr().err
+    assert "tokens=16384 there, 4096 here" in capsys.readouterr().err
     assert (whole / "layers.0" / "sae.safetensors").read_bytes() == before
 
 
 def test_killed_it_resumes_to_the_same_bytes(whole, tiny_checkpoint, tmp_path):
     out = tmp_path / "out"
-    flags = words(tiny_checkpoint, out, *PLACES, "--tokens", "32768")
+    flags = words(tiny_checkpoint, out, *PLACES, "--tokens", "16384")
     command = [sys.executable, str(ROOT / "main.py"), *flags]
     environment = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PATH": ""}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
@@ -93,7 +93,7 @@ def test_killed_it_resumes_to_the_same_bytes(whole, tiny_checkpoint, tmp_path):
     assert len(lines(out)) < len(lines(whole))
     # a line of a buffer that the checkpoint does not know: it will be trained on again
     with open(out / "metrics.jsonl", "a") as file:
-        file.write(json.dumps({"hookpoint": "layers.0", "read": 32768}) + "\n")
+        file.write(json.dumps({"hookpoint": "layers.0", "read": 16384}) + "\n")
     assert main(flags) == 0
     for name in ("layers.0", "layers.1.mlp"):
         for file in ("sae.safetensors", "cfg.json"):
@@ -113,7 +113,7 @@ def test_killed_it_resumes_to_the_same_bytes(whole, tiny_checkpoint, tmp_path):
 )
 def test_every_kind_trains_and_opens(kind, more, tiny_checkpoint, tmp_path):
     out = tmp_path / "out"
-    flags = ("--kind", kind, "--tokens", "8192", "--eval_tokens", "128", *more)
+    flags = ("--kind", kind, "--tokens", "4096", *more)
     if kind != "transcoder":
         flags += ("--hookpoints", "layers.0")
     assert main(words(tiny_checkpoint, out, *flags)) == 0
