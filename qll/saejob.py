@@ -52,18 +52,19 @@ def train(config: SAETrainConfig) -> dict[str, Any]:
     keep_freed_memory()
     device = choose_device(config.device)
     source = open_source(config.llama_dir)
+    if (config.out / RESULT).is_file():
+        _claim(config, source)
+        print(f"{config.out} is complete; nothing to do", file=sys.stderr)
+        return store.read_json(config.out / RESULT)
+    # what can be wrong with the inputs is said before the folder is anybody's
+    tokenizer, texts = open_tokenizer(source), training_texts(config)
+    windows, held_out, facts = split_windows(texts, tokenizer, config)
+    model = load_dense(source, torch.float32, device)
+    trainer, stream = prepared(config, model, windows, tokenizer.all_special_ids)
     with store.lock(config.out):
         _claim(config, source)
-        if (config.out / RESULT).is_file():
-            print(f"{config.out} is complete; nothing to do", file=sys.stderr)
-            return store.read_json(config.out / RESULT)
-        tokenizer, texts = open_tokenizer(source), training_texts(config)
-        windows, held_out, facts = split_windows(texts, tokenizer, config)
-        model = load_dense(source, torch.float32, device)
-        trainer, stream = prepared(config, model, windows, tokenizer.all_special_ids)
         trainer.restore()
-        if not trainer.read:
-            _say(stream)
+        _warn_of_repeats(stream)
         trainer.run(stream.buffers(trainer.buffers_done))
         for learner in trainer.learners:
             write(learner, config.out, source.name)
@@ -251,12 +252,11 @@ def _first_difference(before: Any, now: dict[str, Any]) -> str:
     return ", ".join(f"{key}={before.get(key)} there, {now.get(key)} here" for key in differing)
 
 
-def _say(stream: Stream) -> None:
-    """Warn when the texts are read more than once, and say how large a buffer is."""
-    have = stream.windows.numel()
+def _warn_of_repeats(stream: Stream) -> None:
     if stream.count > len(stream.windows):
         times = stream.count / len(stream.windows)
-        logger.warning("the texts have %d tokens to train on: read %.1f times", have, times)
+        tokens = stream.windows.numel()
+        logger.warning("the texts have %d tokens to train on: read %.1f times", tokens, times)
 
 
 def _require_fit(shape: CoderShape, model: PreTrainedModel) -> None:

@@ -114,6 +114,8 @@ class Coder(nn.Module):
         for scale, values in ((self.scale_in, x), (self.scale_out, y)):
             scale.copy_((values - values.mean(dim=0)).square().sum(dim=1).mean().sqrt())
         self.b_dec.copy_(center / self.scale_out)
+        if self.shape.transcodes:  # what b_dec does for the input of an autoencoder
+            self.b_enc.copy_(-self.W_enc @ (x.mean(dim=0) / self.scale_in))
         if self.shape.kind == "jumprelu":
             few = x[:2048] / self.scale_in - self.b_dec
             rate = 1 - self.shape.k / self.shape.d_sae
@@ -217,15 +219,13 @@ class Coder(nn.Module):
         drawn = chances.multinomial(len(features), replacement=True, generator=generator)
         drawn = drawn.to(x.device)
         lacked = functional.normalize(-error[drawn], dim=1)
-        length = self.W_enc.norm(dim=1).mean()
+        read, mean = lacked, x.mean(dim=0) / self.scale_in
         if self.shape.transcodes:
-            read = x[drawn] / self.scale_in - x.mean(dim=0) / self.scale_in
+            read = functional.normalize(x[drawn] / self.scale_in - mean, dim=1)
             lacked = lacked * self.W_dec.norm(dim=1).mean()
-        else:
-            read = lacked
-        self.W_enc[features] = functional.normalize(read, dim=1) * length
+        self.W_enc[features] = read * self.W_enc.norm(dim=1).mean()
         self.W_dec[features] = lacked
-        self.b_enc[features] = 0
+        self.b_enc[features] = -self.W_enc[features] @ mean if self.shape.transcodes else 0
         if self.shape.kind == "jumprelu":
             self.log_threshold[features] = self.log_threshold.median()
 

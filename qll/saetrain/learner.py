@@ -58,7 +58,8 @@ class Statistics:
 class Learner:
     """An autoencoder at a place, in training.
 
-    silent: tokens since each feature last fired. fresh: tokens since it was last started anew.
+    silent: tokens since each feature last fired, or was started anew. revived: features started
+    anew since the last report. last: input and error of the last step, which `revive` draws from.
     """
 
     coder: Coder
@@ -68,6 +69,7 @@ class Learner:
     adam: torch.optim.Adam = field(init=False)
     silent: Int[Tensor, " d_sae"] = field(init=False)
     revived: int = 0
+    last: tuple[Tensor, Tensor] | None = None
     statistics: Statistics = field(default_factory=Statistics)
 
     def __post_init__(self) -> None:
@@ -113,7 +115,7 @@ class Learner:
     def revive(self, generator: torch.Generator) -> None:
         """Start features anew that AuxK could not wake in as long a time as makes one dead."""
         features = (self.silent > 2 * self.dead_after).nonzero()[:, 0]
-        if not len(features):
+        if not len(features) or self.last is None:
             return
         self.coder.revive(features, *self.last, generator)
         for name, parameter in self.coder.named_parameters():

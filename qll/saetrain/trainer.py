@@ -61,6 +61,8 @@ class Trainer:
                 self._log(bar, tokens)
                 if self.read - self.saved >= min(CHECKPOINT_TOKENS, self.tokens // 16):
                     self.save()
+        if self.saved < self.read:
+            self.save()
 
     def learn(self, buffer: Buffer) -> None:
         """Use up one buffer: shuffled, in steps of about the batch size."""

@@ -148,6 +148,7 @@ def test_bad_input_is_one_sentence_and_nothing_half_written(
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+    assert not (out / "run.json").exists()
     assert not list(out.rglob("*.safetensors"))
 
 
