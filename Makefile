@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test lint docs bench-main_job bench-quality clean
+.PHONY: install demo test lint docs saes bench-main_job bench-quality bench-sae clean
 
 install: $(VENV)/.installed
 
@@ -46,6 +46,20 @@ $(THIRD):
 	mkdir -p $(dir $@)
 	cd $(dir $@) && apt-get download anarchism
 	$(BIN)/python benchmarks/third_text.py $(dir $@)anarchism_*.deb --out $@
+
+# the embedded autoencoders: half an hour on two cores
+SAE_TEXTS := $(addprefix benchmarks/.cache/,anarchism.txt wordnet.txt python_topics.txt)
+saes: install
+	mkdir -p benchmarks/.cache
+	cd benchmarks/.cache && apt-get download anarchism wordnet-base
+	$(BIN)/python benchmarks/sae_texts.py --anarchism benchmarks/.cache/anarchism_*.deb \
+		--wordnet benchmarks/.cache/wordnet-base_*.deb --out benchmarks/.cache
+	$(BIN)/python main.py sae train --text $(SAE_TEXTS) --hookpoints layers.9 layers.20 \
+		--tokens 4000000 --dtype bfloat16 --out runs/saes
+
+# --peers DIR: a folder that `pip install --target DIR eai-sparsify sae-lens` filled
+bench-sae: install
+	$(BIN)/python benchmarks/sae.py $(if $(PEERS),--peers $(PEERS))
 
 docs: install
 	$(BIN)/python benchmarks/results_page.py

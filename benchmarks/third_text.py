@@ -26,14 +26,19 @@ def main() -> None:
     parser.add_argument("package", type=Path, help="the .deb file")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / ".cache/anarchism.txt")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(["dpkg", "-x", str(arguments.package), folder], check=True)
-        pages = sorted(Path(folder).rglob("sec[A-J]*.html"), key=lambda page: page.name)
-        texts = (page.read_text("utf-8", errors="replace") for page in pages)
-        text = "\n\n".join(part for page in texts for part in paragraphs(page))
+    text = prose(arguments.package)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(text, "utf-8")
     print(hashlib.sha256(text.encode()).hexdigest(), arguments.out)
+
+
+def prose(package: Path) -> str:
+    """The longer paragraphs of the package's pages, in file order."""
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(["dpkg", "-x", str(package), folder], check=True)
+        pages = sorted(Path(folder).rglob("sec[A-J]*.html"), key=lambda page: page.name)
+        texts = (page.read_text("utf-8", errors="replace") for page in pages)
+        return "\n\n".join(part for page in texts for part in paragraphs(page))
 
 
 def paragraphs(page: str) -> Iterator[str]:

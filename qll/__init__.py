@@ -5,7 +5,7 @@ import torch. It does make `AutoModelForCausalLM.from_pretrained` understand con
 
 >>> import qll
 >>> sorted(qll.__all__)[:4]
-['ConvertConfig', 'attach', 'build_report', 'convert']
+['ConvertConfig', 'SAETrainConfig', 'attach', 'build_report']
 """
 
 from importlib import import_module
@@ -26,9 +26,11 @@ _PUBLIC = {
     "export_two_linear": ("qll.model", "export_two_linear"),
     "load_sae": ("qll.lens", "load_sae"),
     "attach": ("qll.lens", "attach"),
+    "train_sae": ("qll.saejob", "train"),
     "build_report": ("qll.report", "build_report"),
     "render": ("qll.report", "render"),
     "ConvertConfig": ("qll.config", "MainConfig"),
+    "SAETrainConfig": ("qll.saetrain", "SAETrainConfig"),
 }
 
 __all__ = list(_PUBLIC)

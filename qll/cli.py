@@ -29,6 +29,7 @@ from qll.config import (
     main_config_from_json,
 )
 from qll.errors import QLLError, UsageError
+from qll.saetrain.settings import SAETrainConfig
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         name = words.pop(0) if words and not words[0].startswith("-") else "run"
+        if name == "sae" and words[:1] == ["train"]:
+            name = f"{name} {words.pop(0)}"
         if name not in VERBS:
             raise UsageError(
                 "no such verb", found=name, expected=", ".join(VERBS), hint="see --help"
@@ -172,6 +175,20 @@ def report(config: ReportConfig) -> None:
     print(f"report: {config.run / 'report.html'}")
 
 
+def sae_train(config: SAETrainConfig) -> None:
+    """Train autoencoders and print what they reach on held-out text."""
+    from qll import saejob
+
+    result = saejob.train(config)
+    print(f"{'hookpoint':24s} {'dead':>7s} {'FVU':>7s} {'L0':>7s} {'CE score':>9s}")
+    for name, found in result["hookpoints"].items():
+        measured = "not measured"
+        if "fvu" in found:
+            measured = f"{found['fvu']:7.4f} {found['l0']:7.1f} {found['ce_score']:9.4f}"
+        print(f"{name:24s} {found['dead_share']:7.2%} {measured}")
+    print(f"autoencoders: {config.out} (use with --sae_dir)")
+
+
 VERBS = {
     "run": Verb(MainConfig, run, "the main job (also without a verb)"),
     "inspect": Verb(InspectConfig, inspect, "dimensions, connectivity, parameters, bytes"),
@@ -184,6 +201,7 @@ VERBS = {
     "verify": Verb(VerifyConfig, verify, "check a converted folder against its manifest"),
     "export": Verb(ExportConfig, export, "write a plain Llama, or factors as pairs of linears"),
     "report": Verb(ReportConfig, report, "draw the page and the table again"),
+    "sae train": Verb(SAETrainConfig, sae_train, "train sparse autoencoders on activations"),
 }
 
 
