@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 from tqdm import tqdm
@@ -16,15 +17,25 @@ from transformers import LlamaConfig
 from qll.calibrate import MomentStore
 from qll.config import ConvertOptions
 from qll.convert.allocate import choose
-from qll.convert.candidates import HALF, RANK_STEP, Candidate, dense, exact, ladder
+from qll.convert.candidates import HALF, RANK_STEP, Candidate, dense, exact, ladder, useful
 from qll.convert.digits import significant
 from qll.convert.fit import spectra
 from qll.convert.inner import INNER, inner_ladder
+from qll.convert.metric import Metric
 from qll.convert.plan import Plan, PlanEntry
-from qll.convert.units import Unit, embedding_unit, group_unit, head_unit, single_units, template
+from qll.convert.units import (
+    Unit,
+    embedding_unit,
+    group_unit,
+    head_unit,
+    single_units,
+    template,
+    templates,
+)
 from qll.convert.weights import metrics_of, read_weights
 from qll.errors import UsageError
 from qll.load import Source
+from qll.tn.network import NetworkSpec
 
 # which formats a unit of each kind is offered, by --format
 GROUPS_OF = {
@@ -71,22 +82,33 @@ def block_candidates(
         if format == "dense":
             found.append(dense(unit))
             continue
-        spec = template(unit, format, options.gauge, options.sites, config)
+        specs = templates(unit, format, options.gauge, options.sites, config)
+        spec = specs[0]
         if options.keep == 1.0:
             found.append(exact(unit, spec))
             continue
         chosen = [metrics[member] for member in unit.members]
+        own = [weights[member] for member in unit.members]
         if format in INNER:
-            own = [weights[member] for member in unit.members]
             found += inner_ladder(unit, spec, own, chosen, _rank_step(options))
             continue
-        values = spectra([weights[member] for member in unit.members], spec, chosen)
-        scale = _loss_scale(values, options)
-        found += [
-            Candidate(item.unit, item.spec, item.params, item.loss * scale)
-            for item in ladder(unit, spec, values, _rank_step(options))
-        ]
+        items = [item for spec in specs for item in _ladder(unit, spec, own, chosen, options)]
+        found += items if len(specs) == 1 else useful(items, unit.dense_params)
     return found
+
+
+def _ladder(
+    unit: Unit,
+    spec: NetworkSpec,
+    weights: Sequence[Tensor],
+    metrics: Sequence[Metric],
+    options: ConvertOptions,
+) -> list[Candidate]:
+    """The ladder of one spec with losses that compare between matrices."""
+    values = spectra(weights, spec, metrics)
+    scale = _loss_scale(values, options)
+    items = ladder(unit, spec, values, _rank_step(options))
+    return [replace(item, loss=item.loss * scale) for item in items]
 
 
 def _offers(config: LlamaConfig, options: ConvertOptions, block: int) -> Iterator[tuple[Unit, str]]:
