@@ -61,6 +61,9 @@ class ConvertOptions:
     """Cores per matrix of --format mpo and tree."""
     sweeps: int = 2
     """Rounds of refitting every core under the whole metric (mpo, tucker, tree, kron, panels)."""
+    disentangle: Literal["none", "channels", "heads", "rotary", "all"] = "none"
+    """Bases chosen for what splits an index, absorbed for free: order of the MLP's channels, values
+    of each head, rotary pairs. Low rank does not see them."""
     norms: Literal["keep", "fold"] = "keep"
     """Leave RMSNorm gains where they are, or multiply them into the next linear (both exact)."""
     keep_embeddings: float = 1.0

@@ -24,6 +24,7 @@ from qll.convert import (
     TRIAL_TOKENS,
     Plan,
     Trial,
+    disentangled,
     load_plan,
     make_plan,
     saved_dtype,
@@ -83,6 +84,8 @@ def run(config: MainConfig, until: str = "report") -> Path:
         moments = timed(state, "calibrate", calibrate)
         if until == "calibrate":
             return config.out
+        if config.convert.disentangle != "none":
+            moments = timed(state, "disentangle", disentangle, moments)
         plan = timed(state, "plan", make_or_load_plan, moments)
         if until == "plan":
             return config.out
@@ -317,6 +320,13 @@ def given_moments(config: MainConfig, source: Source) -> MomentStore:
             "the moments hold no gradients", where=config.moments, expected="for kfac", hint=hint
         )
     return moments
+
+
+def disentangle(state: Run, moments: MomentStore | None) -> MomentStore | None:
+    """The same model in bases that are easier to split, from here on; also the moments in them."""
+    path = state.work / "gauges.safetensors"
+    state.source, turned = disentangled(state.source, moments, state.config.convert, path)
+    return turned
 
 
 def make_or_load_plan(state: Run, moments: MomentStore | None) -> Plan:

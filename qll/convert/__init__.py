@@ -7,6 +7,7 @@ Input: a Source and its MomentStore. Output: a plan, and a folder of shards.
 from qll.callable_room import callable_room
 from qll.convert.assemble import assemble
 from qll.convert.fit import fit
+from qll.convert.gauged import disentangled
 from qll.convert.plan import Plan, PlanEntry, load_plan
 from qll.convert.planner import make_plan
 from qll.convert.quantise import packings_of, quantise_units
@@ -31,6 +32,7 @@ __all__ = [
     "Trial",
     "assemble",
     "convert_units",
+    "disentangled",
     "fit",
     "load_plan",
     "make_plan",

@@ -69,6 +69,23 @@ def ladder(
     return [found[params] for params in sorted(found)]
 
 
+def useful(candidates: Sequence[Candidate], below: int) -> list[Candidate]:
+    """Those smaller than `below` with less loss than all smaller ones, at most STEPS of them.
+
+    >>> unit = Unit(("w",), ((2, 2),))
+    >>> menu = [Candidate(unit, None, 1, 3.0), Candidate(unit, None, 2, 4.0)]
+    >>> [item.params for item in useful(menu, 4)]
+    [1]
+    """
+    best: list[Candidate] = []
+    for item in sorted(candidates, key=lambda item: (item.params, item.loss)):
+        if item.params < below and (not best or item.loss < best[-1].loss):
+            best.append(item)
+    if len(best) <= STEPS:
+        return best
+    return [best[round(place)] for place in torch.linspace(0, len(best) - 1, STEPS).tolist()]
+
+
 def rank_ladder(
     spec: NetworkSpec, spectra: Sequence[Float[Tensor, "_"]], step: int
 ) -> list[tuple[int, ...]]:

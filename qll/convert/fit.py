@@ -73,7 +73,7 @@ def fit(
         network = _in_gauge(sparsify(weights[0].to(torch.float64), spec, metrics[0]), spec)
         discarded = relative_errors(weights[0], network.to_matrix(), metrics[0])[1] ** 2
     else:
-        network, discarded = _decomposed(weights, spec, metrics, sweeps)
+        network, discarded = _decomposed(weights, spec, metrics, sweeps, dtype)
     cores = tuple(core.to(dtype) for core in network.cores)
     if not all(torch.isfinite(core).all() for core in cores):
         raise ConvergenceError(
@@ -92,7 +92,7 @@ def fit(
 
 
 def _decomposed(
-    weights: Weights, spec: NetworkSpec, metrics: Sequence[Metric], sweeps: int
+    weights: Weights, spec: NetworkSpec, metrics: Sequence[Metric], sweeps: int, dtype: torch.dtype
 ) -> tuple[Network, float]:
     """The network, and what the closed form discarded in the metric it saw."""
     seen = whiten(weights, spec, metrics)
@@ -100,7 +100,8 @@ def _decomposed(
     network = format_of(spec).decompose(argument, seen.spec.with_gauge("none"))
     discarded = _discarded(seen.matrices, network)
     if sweeps and spec.format in SWEPT:
-        network = swept_cores(network, seen, metrics[0], sweeps)
+        wide = torch.promote_types(dtype, torch.float32)
+        network = swept_cores(network, seen, metrics[0], sweeps, wide)
     network = network.transform_legs(
         [None if item is None else item.inverse_transposed for item in seen.out],
         [None if item is None else item.inverse for item in seen.into],

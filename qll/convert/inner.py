@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from qll.convert.candidates import RANK_STEP, STEPS, Candidate, format_of
+from qll.convert.candidates import RANK_STEP, Candidate, format_of, useful
 from qll.convert.inner_channels import channel_options, fit_channels
 from qll.convert.inner_heads import fit_value_output, value_output_options
 from qll.convert.inner_pairs import fit_query_key, query_key_options
@@ -47,7 +46,7 @@ def inner_ladder(
     for ranks, loss in options:
         sized = format_of(spec).clamp(spec.with_ranks(ranks))
         found.append(Candidate(unit, sized, tensor_shapes(sized).num_params, loss))
-    return _useful(found, unit.dense_params)
+    return useful(found, unit.dense_params)
 
 
 def fit_inner(
@@ -60,14 +59,3 @@ def fit_inner(
     if spec.format == "joint_value_output":
         return fit_value_output(weights, spec, metrics)
     return fit_query_key(weights, spec, metrics)
-
-
-def _useful(candidates: Sequence[Candidate], below: int) -> list[Candidate]:
-    """Those smaller than `below` with less loss than all smaller ones, at most STEPS of them."""
-    best: list[Candidate] = []
-    for item in sorted(candidates, key=lambda item: (item.params, item.loss)):
-        if item.params < below and (not best or item.loss < best[-1].loss):
-            best.append(item)
-    if len(best) <= STEPS:
-        return best
-    return [best[round(place)] for place in torch.linspace(0, len(best) - 1, STEPS).tolist()]

@@ -19,7 +19,7 @@ from transformers import LlamaConfig
 from qll.calibrate import MomentStore
 from qll.config import ConvertOptions
 from qll.convert.allocate import choose
-from qll.convert.candidates import HALF, RANK_STEP, Candidate, dense, exact, ladder
+from qll.convert.candidates import HALF, RANK_STEP, Candidate, dense, exact, ladder, useful
 from qll.convert.digits import significant
 from qll.convert.fit import spectra
 from qll.convert.inner import INNER, inner_ladder
@@ -29,10 +29,19 @@ from qll.convert.outliers import outlier_ladder
 from qll.convert.plan import Plan, PlanEntry
 from qll.convert.scales import fit_scales, rescaled, weighted_by_depth
 from qll.convert.sensitivity import Trial, measure
-from qll.convert.units import Unit, embedding_unit, group_unit, head_unit, single_units, template
+from qll.convert.units import (
+    Unit,
+    embedding_unit,
+    group_unit,
+    head_unit,
+    single_units,
+    template,
+    templates,
+)
 from qll.convert.weights import metrics_of, read_weights
 from qll.errors import UsageError
 from qll.load import Source
+from qll.tn.network import NetworkSpec
 
 # which formats a unit of each kind is offered, by --format
 GROUPS_OF = {
@@ -106,19 +115,31 @@ def _unit_candidates(
     """Everything that one unit could become in one format."""
     if format == "dense":
         return [dense(unit)]
-    spec = template(unit, format, options.gauge, options.sites, config)
+    specs = templates(unit, format, options.gauge, options.sites, config)
     if options.keep == 1.0:
-        return [exact(unit, spec)]
+        return [exact(unit, specs[0])]
     if format in INNER:
-        return inner_ladder(unit, spec, weights, metrics, _rank_step(options))
-    if format == "sparse" and options.format == "auto":
-        items = outlier_ladder(
-            unit, spec, weights[0], metrics[0], options.outliers, options.keep, _rank_step(options)
-        )
+        return inner_ladder(unit, specs[0], weights, metrics, _rank_step(options))
+    items = [item for spec in specs for item in _ladder(unit, spec, weights, metrics, options)]
+    return items if len(specs) == 1 else useful(items, unit.dense_params)
+
+
+def _ladder(
+    unit: Unit,
+    spec: NetworkSpec,
+    weights: Sequence[Tensor],
+    metrics: Sequence[Metric],
+    options: ConvertOptions,
+) -> list[Candidate]:
+    """The ladder of one spec with losses that compare between matrices."""
+    step = _rank_step(options)
+    if spec.format == "sparse" and options.format == "auto":
+        share, keep = options.outliers, options.keep
+        items = outlier_ladder(unit, spec, weights[0], metrics[0], share, keep, step)
         scale = member_scales(weights, metrics)[0]
     else:
         values = spectra(weights, spec, metrics)
-        items = ladder(unit, spec, values, _rank_step(options))
+        items = ladder(unit, spec, values, step)
         scale = _loss_scale(values, options)
     return [replace(item, loss=item.loss * scale) for item in items]
 

@@ -23,27 +23,35 @@ STEPS = 6
 
 
 def swept_cores(
-    network: MatrixNetwork, seen: Whitened, metric: Metric, sweeps: int
+    network: MatrixNetwork,
+    seen: Whitened,
+    metric: Metric,
+    sweeps: int,
+    dtype: torch.dtype = torch.float64,
 ) -> MatrixNetwork:
     """`network`, fitted to seen.matrices[0], after `sweeps` rounds over its cores, gauge "none".
 
-    A diagonal moment (of a vocabulary) is what its legs already see best, and is left alone.
+    Products are taken in `dtype`: whitened, the problem is near the identity, so that the
+    precision of the saved cores is enough, at half the time. A diagonal moment (of a vocabulary)
+    is what its legs already see best, and is left alone.
     """
     moments = (metric.left, metric.right)
     if any(moment is not None and moment.ndim == 1 for moment in moments):
         return network
     shape = seen.matrices[0].shape
-    local = Metric(
-        metric.kind,
-        _left_over(metric.left, seen.out, shape[0]),
-        _left_over(metric.right, seen.into, shape[1]),
-    )
+    left = _left_over(metric.left, seen.out, shape[0])
+    right = _left_over(metric.right, seen.into, shape[1])
+    if left is None and right is None:
+        return network
+    left, right = (None if side is None else side.to(dtype) for side in (left, right))
+    local, target = Metric(metric.kind, left, right), seen.matrices[0].to(dtype)
+    network = _cast(network, dtype)
     for _ in range(sweeps):
         for position in range(len(network.cores)):
             if hasattr(network, "canonicalize"):
                 network = network.canonicalize(position)
-            network = solved(network, position, seen.matrices[0], local)
-    return network
+            network = solved(network, position, target, local)
+    return _cast(network, torch.float64)
 
 
 def solved(
@@ -58,18 +66,21 @@ def solved(
     tensor([[2.],
             [3.]])
     """
-    core = network.cores[position].detach()
+    core = network.cores[position].detach().clone()
 
     def matrix(value: Tensor) -> Tensor:
         cores = (*network.cores[:position], value, *network.cores[position + 1 :])
         return replace(network, cores=cores).to_matrix()
 
-    def gradient(error: Tensor) -> Tensor:
-        with torch.enable_grad():
-            variable = core.clone().requires_grad_()
-            return torch.autograd.grad((matrix(variable) * error).sum(), variable)[0]
+    # linear in the core, so one graph gives the gradient at every value of it
+    with torch.enable_grad():
+        variable = core.clone().requires_grad_()
+        graph = matrix(variable)
 
-    residual = gradient(metric.weighted(target - matrix(core)))
+    def gradient(error: Tensor) -> Tensor:
+        return torch.autograd.grad(graph, variable, error, retain_graph=True)[0]
+
+    residual = gradient(metric.weighted(target - graph.detach()))
     direction, slope = residual, float(residual.square().sum())
     start = slope
     for _ in range(steps):
@@ -87,9 +98,14 @@ def solved(
 
 def _left_over(moment: Tensor | None, legs: list[Factor | None], size: int) -> Tensor | None:
     """The second moment as seen after whitening by `legs`, padding included; None: identity."""
-    if moment is None:
-        return None
-    missing = size - len(moment)
+    missing = 0 if moment is None else size - len(moment)
+    dims = [1 if leg is None else len(leg.root) for leg in legs]
+    if moment is None or (missing == 0 and max(dims) == size):
+        return None  # one leg is the whole index: nothing is left over
     padded = torch.nn.functional.pad(moment, (0, missing, 0, missing))
     inverses = [None if leg is None else Factor(leg.inverse_transposed, leg.root) for leg in legs]
     return apply_roots(inverses, padded, inverses)
+
+
+def _cast(network: MatrixNetwork, dtype: torch.dtype) -> MatrixNetwork:
+    return replace(network, cores=tuple(core.to(dtype) for core in network.cores))

@@ -13,6 +13,7 @@ from transformers import LlamaConfig
 
 from qll.model import group_path
 from qll.tn import default_modes, default_panels
+from qll.tn.modes import skewed_modes
 from qll.tn.network import NetworkSpec
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -144,6 +145,37 @@ def template(unit: Unit, format: str, gauge: str, sites: int, config: LlamaConfi
         return NetworkSpec(format, (out, into), modes={"stack": (*rows, into)}, gauge=gauge)
     pieces = 2 if format == "kron" else sites
     return NetworkSpec(format, (out, into), modes=default_modes((out, into), pieces), gauge=gauge)
+
+
+def templates(
+    unit: Unit, format: str, gauge: str, sites: int, config: LlamaConfig
+) -> list[NetworkSpec]:
+    """Every spec of `format` to choose from for `unit`, the usual one first.
+
+    Of mpo and kron the balanced split into sites, then those whose first cut is nearly rows
+    against columns; of panels also two sorted ones.
+
+    >>> unit = Unit(("w",), ((12, 12),))
+    >>> [spec.modes["out"] for spec in templates(unit, "kron", "none", 2, LlamaConfig())]
+    [(3, 4), (6, 2), (1, 12)]
+    """
+    first = template(unit, format, gauge, sites, config)
+    if format == "panels":
+        others = (replace(first, modes=modes) for modes in _panel_options(first.shape))
+        return [first, *(spec for spec in others if spec != first)]
+    if format not in ("mpo", "kron"):
+        return [first]
+    skewed = (skewed_modes(first.shape, len(first.modes["out"]), axis) for axis in (0, 1))
+    return [first, *(replace(first, modes=modes) for modes in skewed if modes)]
+
+
+def _panel_options(shape: tuple[int, int]) -> list[dict[str, tuple[int, ...]]]:
+    """Two sorted panels along the longer leg, or along either leg of a square."""
+    return [
+        default_panels(shape, 2, axis) | {"order": (shape[axis],)}
+        for axis in (0, 1)
+        if shape[axis] == max(shape)
+    ]
 
 
 def _panel_modes(unit: Unit, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:

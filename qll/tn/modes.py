@@ -50,6 +50,30 @@ def default_modes(shape: tuple[int, int], sites: int) -> dict[str, tuple[int, ..
     return {"out": out, "in": into[::-1]}
 
 
+def skewed_modes(shape: tuple[int, int], sites: int, axis: int) -> dict[str, tuple[int, ...]]:
+    """Modes whose first cut is nearly rows against columns; {} where `axis` does not split.
+
+    Only the least prime factor p of side `axis` (0: out, 1: in) stands on the other side's half
+    of that cut, so each other leg is whole and sees its second moment whole: (M / p, 1) | (p, N)
+    or (1, N / p) | (M, p). Sites after the second take a prime factor each off the whole leg.
+    The cut between all rows and all columns is never one of its cuts.
+
+    >>> skewed_modes((12, 10), 2, axis=0), skewed_modes((12, 10), 3, axis=1)
+    ({'out': (6, 2), 'in': (1, 10)}, {'out': (1, 6, 2), 'in': (5, 2, 1)})
+    """
+    split, whole = shape[axis], shape[1 - axis]
+    factor = _least_prime(split)
+    tail: list[int] = []
+    for _ in range(sites - 2):
+        tail.insert(0, _least_prime(whole))
+        whole //= tail[0]
+    if factor == split or factor > _SMOOTH[-1] or whole == 1 or 1 in tail:
+        return {}
+    cut = (split // factor, factor, *(1 for _ in tail))
+    rest = (1, whole, *tail)
+    return {"out": cut, "in": rest} if axis == 0 else {"out": rest, "in": cut}
+
+
 @lru_cache(maxsize=4096)
 def balanced_factors(size: int, parts: int, least: int = 1) -> tuple[int, ...]:
     """`parts` ascending factors of `size`, none below `least`, with the smallest sum; () if none.
@@ -149,6 +173,11 @@ def _largest_prime(size: int) -> int:
             size, largest = size // factor, factor
         factor += 1
     return max(largest, size)
+
+
+def _least_prime(size: int) -> int:
+    """The smallest prime factor, or 1 of 1."""
+    return next((f for f in range(2, int(size**0.5) + 1) if size % f == 0), size)
 
 
 def _is_smooth(size: int) -> bool:

@@ -243,16 +243,20 @@ def panel_specs(spec: NetworkSpec) -> list[NetworkSpec]:
     ]
 
 
-def default_panels(shape: tuple[int, int], count: int = 0) -> dict[str, tuple[int, ...]]:
-    """Modes that cut the longer side (rows of a square) into about square panels, two at least.
+def default_panels(
+    shape: tuple[int, int], count: int = 0, axis: int | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Modes that cut the rows (axis 0), the columns (1) or by default the longer side (rows of a
+    square) into `count` equal panels, by default about square ones, two at least.
 
-    >>> default_panels((1536, 576)), default_panels((4, 4))
-    ({'rows': (512, 512, 512)}, {'rows': (2, 2)})
+    >>> default_panels((1536, 576)), default_panels((4, 4), axis=1)
+    ({'rows': (512, 512, 512)}, {'columns': (2, 2)})
     """
-    side = SIDES[0] if shape[0] >= shape[1] else SIDES[1]
-    longer, shorter = max(shape), min(shape)
+    axis = int(shape[0] < shape[1]) if axis is None else axis
+    longer, shorter = shape[axis], shape[1 - axis]
     count = min(longer, count or max(2, round(longer / shorter)))
-    return {side: tuple(longer * (k + 1) // count - longer * k // count for k in range(count))}
+    sizes = (longer * (k + 1) // count - longer * k // count for k in range(count))
+    return {SIDES[axis]: tuple(sizes)}
 
 
 def _cut(matrix: Tensor, spec: NetworkSpec) -> Sequence[Tensor]:

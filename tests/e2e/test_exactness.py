@@ -54,6 +54,20 @@ def test_keep_one_with_folded_gains_is_the_dense_model(format, tied_checkpoint, 
     assert format in used or format == "auto"
 
 
+def test_keep_one_in_another_gauge_is_the_dense_model(tied_checkpoint, tmp_path):
+    flags = ["--llama_dir", str(tied_checkpoint), "--out", str(tmp_path / "out"), *QUICK]
+    flags += ["--format", "kron", "--keep", "1.0", "--norms", "fold", "--disentangle", "all"]
+    assert main(["convert", *flags]) == 0
+    assert difference(tmp_path / "out" / "model", tied_checkpoint) < 1e-4
+    exported = ["--model", str(tmp_path / "out" / "model"), "--out", str(tmp_path / "plain")]
+    assert main(["export", *exported]) == 0
+    plain = LlamaForCausalLM.from_pretrained(tmp_path / "plain").eval()
+    dense = LlamaForCausalLM.from_pretrained(tied_checkpoint).eval()
+    assert float((logits(plain) - logits(dense)).abs().max()) < 1e-4
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert not torch.allclose(plain.state_dict()[name], dense.state_dict()[name], atol=1e-2)
+
+
 @pytest.mark.parametrize("metric", ["plain", "activation", "kfac"])
 @pytest.mark.parametrize("allocation", ["global", "uniform"])
 def test_every_metric_and_allocation_stays_within_its_budget(

@@ -7,8 +7,9 @@ import pytest
 from qll import store
 from qll.calibrate import collect
 from qll.config import ConvertOptions
-from qll.convert import load_plan, make_plan
+from qll.convert import load_plan, make_plan, planner
 from qll.convert.plan import Plan
+from qll.convert.units import template
 from qll.errors import ConfigError, UsageError
 from qll.load import open_source
 
@@ -68,6 +69,16 @@ def test_the_global_budget_beats_equal_shares_in_predicted_loss(source, moments)
         options = ConvertOptions(keep=0.6, format="lowrank", allocation=allocation)
         loss[allocation] = sum(e.loss for e in make_plan(source, moments, options).entries)
     assert loss["global"] < loss["uniform"]
+
+
+@pytest.mark.parametrize("format", ["kron", "mpo", "panels"])
+def test_several_splits_to_choose_from_predict_less_loss(format, source, moments, monkeypatch):
+    options = ConvertOptions(keep=0.7, format=format)
+    plan = make_plan(source, moments, options)
+    monkeypatch.setattr(planner, "templates", lambda *words: [template(*words)])
+    alone = make_plan(source, moments, options)
+    losses = [sum(entry.loss for entry in found.entries) for found in (plan, alone)]
+    assert losses[0] < 0.99 * losses[1]
 
 
 def test_keep_one_is_exact(source):

@@ -63,6 +63,16 @@ def test_full_ranks_stay_exact(name, weight, metric):
     assert fit([weight], spec, [metric], torch.float64, 1).rel_error[0] < 1e-7
 
 
+@pytest.mark.parametrize("name", ["mpo", "kron", "tree", "tucker"])
+def test_the_precision_of_the_saved_cores_is_enough(name, weight, metric):
+    spec = clamped(SPECS[name])
+    errors = [
+        fit([weight], spec, [metric], dtype, 2).metric_error[0]
+        for dtype in (torch.float64, torch.float32)
+    ]
+    assert errors[1] == pytest.approx(errors[0], rel=1e-3)
+
+
 def test_one_core_reaches_the_least_squares_solution(weight, metric):
     """Conjugate gradients, run long, against the normal equations written out."""
     spec = SPECS["kron"]

@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from qll.errors import UsageError
-from qll.tn.modes import balanced_factors, default_modes, merge, paired_modes, split, unfold
+from qll.tn.modes import (
+    balanced_factors,
+    default_modes,
+    merge,
+    paired_modes,
+    skewed_modes,
+    split,
+    unfold,
+)
 
 LLAMA = {
     (576, 576): {"out": (8, 8, 9), "in": (9, 8, 8)},
@@ -96,3 +104,22 @@ def test_impossible_splits_are_refused():
         default_modes((0, 4), 2)
     with pytest.raises(UsageError):
         default_modes((4, 4), 0)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("sites", [2, 3, 4])
+def test_skewed_modes_fill_the_matrix_and_are_no_low_rank_in_disguise(sites, axis):
+    for shape in product((8, 12, 64, 192, 576), repeat=2):
+        modes = skewed_modes(shape, sites, axis)
+        out, into = paired_modes(modes, shape)
+        assert (prod(out), prod(into), len(out)) == (*shape, sites)
+        cuts = {(prod(out[:k]), prod(into[:k])) for k in range(1, sites)}
+        assert not cuts & {(shape[0], 1), (1, shape[1])}
+        # near the cut it is named after
+        larger = max(min(m * n, prod(shape) // (m * n)) for m, n in cuts)
+        assert larger >= min(shape[axis] // 2, 2 * shape[1 - axis])
+
+
+def test_a_side_that_does_not_split_has_no_skewed_modes():
+    assert skewed_modes((7, 12), 2, 0) == skewed_modes((22, 1), 2, 0) == {}
+    assert skewed_modes((11 * 13, 12), 2, 0) == skewed_modes((12, 2), 3, 0) == {}
