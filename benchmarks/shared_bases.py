@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 
 from qll.calibrate import MomentStore
-from qll.config import ConvertOptions
 from qll.convert.candidates import HALF, RANK_STEP, Candidate, dense, ladder
 from qll.convert.fit import spectra
 from qll.convert.inner import INNER, inner_ladder
@@ -34,6 +33,7 @@ from qll.convert.planner import GROUPS_OF
 from qll.convert.units import Unit, group_unit, linear_shapes, template
 from qll.convert.weights import metrics_of, read_weights
 from qll.load import Source, open_source
+from qll.options import ConvertOptions
 
 RESULT = Path(__file__).parent / "results" / "shared_bases.json"
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)

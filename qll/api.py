@@ -9,10 +9,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qll import pipeline
 from qll.calibrate import MomentStore
-from qll.config import ConvertOptions, MainConfig
+from qll.config import MainConfig
 from qll.convert import Plan, make_plan
 from qll.evaluate import score
 from qll.load import Source, Text, encode, read_text
+from qll.options import ConvertOptions
 
 
 def plan(source: Source, moments: MomentStore | None = None, **options: Any) -> Plan:

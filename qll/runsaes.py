@@ -18,7 +18,7 @@ import torch
 
 from qll import store
 from qll.calibrate import ExtraGradients, MomentStore
-from qll.config import ConvertOptions, MainConfig
+from qll.config import MainConfig
 from qll.convert import metrics_of
 from qll.convert.metric import Metric
 from qll.errors import ShapeError, UsageError
@@ -27,6 +27,7 @@ from qll.lens.weight_table import REACH
 from qll.load import Source, Text, encode
 from qll.load.sae import find_saes, open_sae
 from qll.load.sae_names import site_of
+from qll.options import ConvertOptions
 from qll.report import page_value, render_features
 from qll.runfolder import Run
 from qll.runtexts import evaluation_texts

@@ -15,7 +15,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from qll import store
-from qll.config import ConvertOptions
 from qll.convert.plan import Plan
 from qll.convert.stored import unit_path, unit_tensors, with_trained
 from qll.convert.units import HEAD
@@ -23,6 +22,7 @@ from qll.convert.write import saved_dtype
 from qll.load import Source
 from qll.model import gain_of
 from qll.model.files import write_index
+from qll.options import ConvertOptions
 
 SCALES = ".scales"  # of packed cores
 

@@ -16,10 +16,10 @@ from transformers import LlamaConfig
 
 from qll import store
 from qll.calibrate import LinearMoments, MomentStore
-from qll.config import ConvertOptions
 from qll.convert.disentangle import FREEDOMS, TURNED, BlockGauge, choose_gauge
 from qll.convert.weights import metrics_of, read_weights
 from qll.load import Source, TensorSpec
+from qll.options import ConvertOptions
 
 
 class GaugedSource:

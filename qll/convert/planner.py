@@ -17,7 +17,6 @@ from tqdm import tqdm
 from transformers import LlamaConfig
 
 from qll.calibrate import MomentStore
-from qll.config import ConvertOptions
 from qll.convert.allocate import choose
 from qll.convert.candidates import HALF, RANK_STEP, Candidate, dense, exact, ladder, useful
 from qll.convert.digits import significant
@@ -41,6 +40,7 @@ from qll.convert.units import (
 from qll.convert.weights import metrics_of, read_weights
 from qll.errors import UsageError
 from qll.load import Source
+from qll.options import ConvertOptions
 from qll.tn.network import NetworkSpec
 
 # which formats a unit of each kind is offered, by --format

@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 from qll import store
 from qll.calibrate import MomentStore
-from qll.config import ConvertOptions
 from qll.convert.alternate import round_matrix, round_network
 from qll.convert.digits import significant
 from qll.convert.fit import comparable_members, relative_errors
@@ -31,6 +30,7 @@ from qll.convert.stored import unit_path, unit_tensors
 from qll.convert.units import tensor_path
 from qll.convert.weights import metrics_of, read_weights
 from qll.load import Source
+from qll.options import ConvertOptions
 from qll.tn import build, tensor_shapes
 from qll.tn.packed import Packing, dequantise, pack
 from qll.tn.rounding import Rounded

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from qll.calibrate import Journal, MomentStore, Streams
-from qll.config import ConvertOptions
 from qll.convert.assemble import block_tensors
 from qll.convert.digits import significant
 from qll.convert.metric import SHRINK_GRAD, factor, shrink
@@ -34,6 +33,7 @@ from qll.convert.stored import trained_path
 from qll.errors import TextError
 from qll.load import Source
 from qll.model.blocks import build_block, build_network_block, embed, run_block
+from qll.options import ConvertOptions
 from qll.train import Optimiser, autocast, prepare_training
 
 HELD_OUT = 8  # one window in so many is not trained on, and the last of fewer

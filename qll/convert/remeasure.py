@@ -10,7 +10,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qll.calibrate import MomentStore
-from qll.config import ConvertOptions
 from qll.convert.assemble import block_tensors
 from qll.convert.digits import significant
 from qll.convert.fit import comparable_members, relative_errors
@@ -19,6 +18,7 @@ from qll.convert.quantise import unpacked_tensors
 from qll.convert.units import tensor_path
 from qll.convert.weights import metrics_of, read_weights
 from qll.load import Source
+from qll.options import ConvertOptions
 from qll.tn import build
 from qll.tn.packed import Packing
 

@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from qll.calibrate import Journal, MomentStore
-from qll.config import ConvertOptions
 from qll.convert.candidates import Candidate
 from qll.convert.digits import significant
 from qll.convert.fit import dense_members, fit
 from qll.convert.weights import metrics_of, read_weights
 from qll.load import Source
 from qll.model.blocks import build_block, embed, head, run_block
+from qll.options import ConvertOptions
 
 DEPTHS = 6  # groups of neighbouring blocks, over the depth of the model
 TRIAL_TOKENS, TRIAL_CONTEXT = 1024, 512  # of the windows that are measured on

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from qll.calibrate import MomentStore
-from qll.config import ConvertOptions
 from qll.convert.metric import Metric, metric_of, plain, shrink
 from qll.convert.units import EMBEDDING, HEAD
 from qll.load import Source
 from qll.model import fold_gain, gain_of
+from qll.options import ConvertOptions
 
 
 def read_weights(source: Source, members: Sequence[str], options: ConvertOptions) -> list[Tensor]:

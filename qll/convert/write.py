@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from qll import store
 from qll.calibrate import MomentStore
-from qll.config import ConvertOptions
 from qll.convert.digits import significant
 from qll.convert.fit import fit
 from qll.convert.plan import Plan, PlanEntry
@@ -25,6 +24,7 @@ from qll.convert.units import tensor_path
 from qll.convert.weights import metrics_of, read_weights
 from qll.load import Source
 from qll.model import gain_of
+from qll.options import ConvertOptions
 
 JOURNAL = "journal.jsonl"
 INDEX_DTYPE = torch.int32

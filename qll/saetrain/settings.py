@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from qll.config import Device
 from qll.errors import UsageError
+from qll.options import Device
 
 Kind = Literal["topk", "multitopk", "jumprelu", "transcoder"]
 MOST_DEAD_AFTER = 10_000_000  # tokens; the habit of long runs

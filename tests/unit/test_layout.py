@@ -16,6 +16,7 @@ ROOMS = (
     "errors",
     "_register",
     "callable_room",
+    "options",
     "config",
     "store",
     "load",

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from qll.calibrate import collect
-from qll.config import ConvertOptions
 from qll.convert.disentangle import FREEDOMS, TURNED, BlockGauge, choose_gauge
 from qll.convert.fit import fit
 from qll.convert.gauged import disentangled
 from qll.convert.metric import Metric, metric_of
 from qll.load import Source, open_source
 from qll.model import build_block, load_dense, run_block
+from qll.options import ConvertOptions
 from qll.tn.network import NetworkSpec
 
 IDS = torch.randint(0, 512, (4, 48), generator=torch.Generator().manual_seed(0))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qll.config import ConvertOptions
 from qll.convert import convert_units, make_plan
 from qll.convert.candidates import ladder
 from qll.convert.fit import fit, spectra
@@ -14,6 +13,7 @@ from qll.convert.outliers import outlier_ladder
 from qll.convert.units import Unit
 from qll.errors import UsageError
 from qll.load import open_source
+from qll.options import ConvertOptions
 from qll.tn.network import NetworkSpec
 
 SHAPE = (24, 32)

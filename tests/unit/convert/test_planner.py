@@ -6,12 +6,12 @@ import pytest
 
 from qll import store
 from qll.calibrate import collect
-from qll.config import ConvertOptions
 from qll.convert import load_plan, make_plan, planner
 from qll.convert.plan import Plan
 from qll.convert.units import template
 from qll.errors import ConfigError, UsageError
 from qll.load import open_source
+from qll.options import ConvertOptions
 
 INNER = ("joint_channels", "joint_value_output", "joint_query_key")
 FORMATS = (
@@ -71,14 +71,14 @@ def test_the_global_budget_beats_equal_shares_in_predicted_loss(source, moments)
     assert loss["global"] < loss["uniform"]
 
 
-@pytest.mark.parametrize("format", ["kron", "mpo", "panels"])
+@pytest.mark.parametrize("format", ["kron", "mpo"])
 def test_several_splits_to_choose_from_predict_less_loss(format, source, moments, monkeypatch):
     options = ConvertOptions(keep=0.7, format=format)
     plan = make_plan(source, moments, options)
     monkeypatch.setattr(planner, "templates", lambda *words: [template(*words)])
     alone = make_plan(source, moments, options)
     losses = [sum(entry.loss for entry in found.entries) for found in (plan, alone)]
-    assert losses[0] < 0.99 * losses[1]
+    assert losses[0] < 0.99 * losses[1], losses
 
 
 def test_keep_one_is_exact(source):

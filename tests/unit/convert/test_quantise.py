@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from qll import store
-from qll.config import ConvertOptions
 from qll.convert import assemble, convert_units, packings_of, quantise_units
 from qll.convert.plan import Plan, PlanEntry
 from qll.convert.units import group_unit, single_units
@@ -31,6 +30,7 @@ from qll.model import (
     load,
     write_static_files,
 )
+from qll.options import ConvertOptions
 from qll.report import compression_section
 from qll.tn import tensor_shapes
 from qll.tn.network import NetworkSpec

@@ -6,12 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qll.config import ConvertOptions
 from qll.convert import RefineSettings, convert_units, make_plan, measured_again, refine
 from qll.convert.assemble import block_tensors
 from qll.errors import TextError
 from qll.load import open_source
 from qll.model.blocks import build_block, build_network_block, run_block
+from qll.options import ConvertOptions
 from tests.conftest import VOCAB
 
 WINDOWS = torch.randint(0, VOCAB, (64, 24), generator=torch.Generator().manual_seed(1))

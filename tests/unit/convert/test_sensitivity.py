@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from qll.calibrate import collect
-from qll.config import ConvertOptions
 from qll.convert import Trial, load_plan, make_plan
 from qll.convert.candidates import Candidate
 from qll.convert.fit import dense_members, fit
@@ -15,6 +14,7 @@ from qll.convert.weights import metrics_of, read_weights
 from qll.errors import ForeignRunError, UsageError
 from qll.load import open_source
 from qll.model import load_dense
+from qll.options import ConvertOptions
 from tests.conftest import VOCAB
 
 OPTIONS = ConvertOptions(keep=0.5, losses="measured")

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from qll.calibrate import collect
-from qll.config import ConvertOptions
 from qll.convert import fit, make_plan, metrics_of, read_weights
 from qll.convert.candidates import format_of
 from qll.convert.metric import plain
 from qll.convert.units import embedding_unit, template
 from qll.load import open_source
+from qll.options import ConvertOptions
 from tests.conftest import VOCAB, make_tiny_llama
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"

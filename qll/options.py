@@ -1,0 +1,220 @@
+"""What a conversion is told: how weights become networks, on which texts, and what is trained.
+
+Frozen dataclasses whose values are checked here; the docstring under a field is its --help.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from qll.errors import UsageError
+
+Device = Literal["auto", "cuda", "mps", "cpu"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Format = Literal[
+    "auto",
+    "dense",
+    "lowrank",
+    "mpo",
+    "tucker",
+    "tree",
+    "kron",
+    "panels",
+    "sparse",
+    "joint_tree",
+    "joint_tucker",
+    "joint_channels",
+    "joint_value_output",
+    "joint_query_key",
+]
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """How weights become tensor networks."""
+
+    keep: float = 0.8
+    """Share of the block linears' parameters to keep, in (0, 1]."""
+    format: Format = "auto"
+    """Tensor network of every block linear; auto chooses among dense, lowrank and --sharing."""
+    sharing: Literal["none", "bonds", "inner", "all"] = "inner"
+    """Formats of several matrices offered by auto: joint_tree (bonds), fewer channels between them
+    (inner: joint_channels, joint_value_output, joint_query_key), both, or neither."""
+    metric: Literal["kfac", "activation", "plain"] = "kfac"
+    """Norm in which weights are truncated: K-FAC (inputs and output gradients), inputs, or none."""
+    feature_weight: float = 0.0
+    """Weight of keeping every feature of --sae_dir apart, beside the loss, in the kfac metric."""
+    allocation: Literal["global", "uniform"] = "global"
+    """One budget over all matrices by predicted loss, or equal shares (auto is then lowrank)."""
+    outliers: float = 0.0
+    """Also offer auto a low-rank matrix plus this share of single entries (0.001, say); 0: none."""
+    losses: Literal["predicted", "depth", "measured"] = "predicted"
+    """What the budget minimises: losses predicted in the metric, these weighted by depth, or scaled
+    to a KL divergence measured per kind of matrix and depth."""
+    gauge: Literal["interpolative", "none"] = "interpolative"
+    """Store an identity block per bond for free, or every number of every core."""
+    sites: int = 3
+    """Cores per matrix of --format mpo and tree."""
+    sweeps: int = 2
+    """Rounds of refitting every core under the whole metric (mpo, tucker, tree, kron, panels)."""
+    disentangle: Literal["none", "channels", "heads", "rotary", "all"] = "none"
+    """Bases chosen for what splits an index, absorbed for free: order of the MLP's channels, values
+    of each head, rotary pairs. Low rank does not see them."""
+    norms: Literal["keep", "fold"] = "keep"
+    """Leave RMSNorm gains where they are, or multiply them into the next linear (both exact)."""
+    keep_embeddings: float = 1.0
+    """Share of the embedding (and output head) parameters to keep; 1 leaves them dense."""
+    dtype: Dtype = "auto"
+    """Dtype of the saved tensors; auto is the source's (float32 for quantised GGUF files)."""
+    bits: Literal[0, 2, 3, 4, 8] = 0
+    """Store the block linears (cores and dense matrices) as integers of this width; 0 does not."""
+    bits_group: int = 32
+    """Numbers that share a scale of 16 bits under --bits."""
+
+    def __post_init__(self) -> None:
+        require_share("--keep", self.keep)
+        require_share("--keep_embeddings", self.keep_embeddings)
+        if not 0 <= self.outliers < 1:
+            raise UsageError(
+                "not a share", where="--outliers", expected="in [0, 1)", found=self.outliers
+            )
+        require_positive("--sites", self.sites, least=2)
+        require_positive("--bits_group", self.bits_group, least=1)
+        require_positive("--sweeps", self.sweeps, least=0)
+        if not 0 <= self.feature_weight < float("inf"):
+            raise UsageError(
+                "not a weight",
+                where="--feature_weight",
+                expected="a finite number of at least 0",
+                found=self.feature_weight,
+            )
+        if self.feature_weight and self.metric != "kfac":
+            raise UsageError(
+                "features are weighed in output gradients, which this metric has not",
+                where="--feature_weight",
+                expected="--metric kfac",
+                found=self.metric,
+            )
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """Which texts the moments are measured on and the models are scored on."""
+
+    calib_text: tuple[Path, ...] = ()
+    """UTF-8 files for calibration, mixed; default: half of the topics in Python's pydoc_data."""
+    calib_weights: tuple[float, ...] = ()
+    """Share of each calibration file; default: equal shares."""
+    eval_text: Path | None = None
+    """UTF-8 file for evaluation; default: the other half."""
+    calib_tokens: int = 4096
+    """Tokens to measure moments on, in windows drawn from everywhere in the calibration texts."""
+    prior_tokens: int = 0
+    """Random tokens, drawn by rank, towards whose input moments those of the text are shrunk (2048,
+    say, for a calibration of a few hundred tokens); 0 does not."""
+    eval_tokens: int = 4096
+    """Tokens of each evaluation text to score."""
+    context: int = 1024
+    """Tokens per window; windows do not overlap."""
+
+    def __post_init__(self) -> None:
+        for name in ("calib_tokens", "eval_tokens", "context"):
+            require_positive(f"--{name}", getattr(self, name), least=2)
+        require_positive("--prior_tokens", self.prior_tokens, least=0)
+        named = [("calib_text", path) for path in self.calib_text]
+        for name, path in [*named, ("eval_text", self.eval_text)]:
+            if path is not None and not path.is_file():
+                raise UsageError(
+                    "no such file", where=f"--{name}", found=path, hint="give the path of a text"
+                )
+        self._require_weights()
+
+    def _require_weights(self) -> None:
+        positive = all(0 < weight < float("inf") for weight in self.calib_weights)
+        if self.calib_weights and not (
+            positive and len(self.calib_weights) == len(self.calib_text)
+        ):
+            raise UsageError(
+                "not one weight per calibration file",
+                where="--calib_weights",
+                expected=f"{len(self.calib_text)} positive numbers",
+                found=" ".join(map(str, self.calib_weights)),
+                hint="give as many weights as files of --calib_text, or none",
+            )
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What is trained after the closed forms; unset numbers follow --effort."""
+
+    effort: Literal["fast", "balanced", "best"] = "balanced"
+    """fast: no training; balanced: each block refined, then a short healing; best: a long one."""
+    refine_passes: int | None = None
+    """Passes over the refinement windows per block (fast 0, balanced 4, best 4)."""
+    refine_tokens: int = 16384
+    """Tokens each block is refined on; one window in eight is held out."""
+    refine_rate: float = 2e-4
+    """Highest learning rate of the refinement."""
+    heal_tokens: int | None = None
+    """Tokens of distillation of the whole model (fast 0, balanced 65,536, best 393,216)."""
+    heal_rate: float = 1.5e-4
+    """Highest learning rate of the healing."""
+    tune_tokens: int | None = None
+    """Under --bits, tokens of distillation that train scales, codes fixed (0, 0, best 131,072)."""
+    tune_rate: float = 1e-3
+    """Highest learning rate of the scales, relative to themselves, and of the norm gains."""
+    train_context: int = 512
+    """Tokens per training window."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number format of matrix products in training; auto: bfloat16 where it is fast."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("refine_tokens", 2), ("train_context", 2)):
+            require_positive(f"--{name}", getattr(self, name), least)
+        for name in ("refine_passes", "heal_tokens", "tune_tokens"):
+            if getattr(self, name) is not None:
+                require_positive(f"--{name}", getattr(self, name), least=0)
+        for name in ("refine_rate", "heal_rate", "tune_rate"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise UsageError(
+                    "not a learning rate",
+                    where=f"--{name}",
+                    expected="a finite number above 0",
+                    found=getattr(self, name),
+                )
+
+    @property
+    def passes(self) -> int:
+        """Passes of block refinement."""
+        by_effort = {"fast": 0, "balanced": 4, "best": 4}
+        return by_effort[self.effort] if self.refine_passes is None else self.refine_passes
+
+    @property
+    def healing(self) -> int:
+        """Tokens of healing."""
+        by_effort = {"fast": 0, "balanced": 65536, "best": 393216}
+        return by_effort[self.effort] if self.heal_tokens is None else self.heal_tokens
+
+    @property
+    def tuning(self) -> int:
+        """Tokens of training of the scales of packed numbers."""
+        by_effort = {"fast": 0, "balanced": 0, "best": 131072}
+        return by_effort[self.effort] if self.tune_tokens is None else self.tune_tokens
+
+
+def require_share(flag: str, value: float) -> None:
+    if not 0 < value <= 1:
+        raise UsageError(
+            "not a share",
+            where=flag,
+            expected="a number in (0, 1]",
+            found=value,
+            hint=f"for instance {flag} 0.8",
+        )
+
+
+def require_positive(flag: str, value: int, least: int) -> None:
+    if value < least:
+        raise UsageError("too small", where=flag, expected=f"at least {least}", found=value)
