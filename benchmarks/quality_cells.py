@@ -60,6 +60,12 @@ PRODUCT_PEERS_UNCALIBRATED = {
 # (row, keep, flags); bits per block weight come from the saved files
 OURS_BITS = (
     ("ours_best_int8", 0.8, ("--effort", "best", "--bits", "8")),
+    # dense matrices, rounded in the metric; with `best` their scales are then distilled
+    ("ours_fast_int4", 1.0, ("--effort", "fast", "--bits", "4")),
+    ("ours_best_int4", 1.0, ("--effort", "best", "--bits", "4")),
+    ("ours_fast_int3", 1.0, ("--effort", "fast", "--bits", "3")),
+    ("ours_best_int3", 1.0, ("--effort", "best", "--bits", "3")),
+    ("ours_best_int2", 1.0, ("--effort", "best", "--bits", "2")),
     ("ours_best_int4", 0.9, ("--effort", "best", "--bits", "4")),
     ("ours_best_int4", 0.8, ("--effort", "best", "--bits", "4")),
     ("ours_best_int4", 0.7, ("--effort", "best", "--bits", "4")),
@@ -79,7 +85,9 @@ ABLATIONS = {
     "ablation_single_matrices": ("--format", "lowrank"),
     "ablation_no_sharing": ("--sharing", "none"),
     "ablation_no_inner_sharing": ("--sharing", "bonds"),
-    "ablation_no_refinement": ("--effort", "fast"),
+    "ablation_no_refinement": ("--refine_passes", "0"),
+    "ablation_no_healing": ("--heal_tokens", "0"),
+    "ablation_no_training": ("--effort", "fast"),
     "ablation_losses_measured": ("--losses", "measured"),
     "ablation_losses_depth": ("--losses", "depth"),
     "ablation_outliers": ("--outliers", "0.005"),
