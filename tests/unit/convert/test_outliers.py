@@ -59,7 +59,7 @@ def test_entries_pay_where_there_are_super_weights_and_only_there():
             min((item.loss for item in items if item.params <= budget), default=float("inf"))
             for items in (alone, beside)
         ]
-        assert (best[1] < 0.1 * best[0]) == pays
+        assert (best[1] < 0.2 * best[0]) == pays
 
 
 def test_auto_takes_them_when_they_are_offered_and_pay(tiny_hf_folder, tmp_path):
