@@ -1,8 +1,8 @@
 """Candidates of a low-rank network plus the few entries that it fits worst: super-weights.
 
 Entries are chosen by what each costs the metric where the low-rank network of about the wanted size
-leaves it out (`sparsify.damage`); the losses are those of the best low-rank network beside them,
-an upper bound, since the fit chooses the entries again and refits their values. Every entry counts
+leaves it out (`sparsify.damage`); the losses are those of the best low-rank network beside them.
+The fit chooses the entries again, for its own rank, and refits their values. Every entry counts
 twice, once for its position.
 """
 

@@ -9,7 +9,7 @@ import pytest
 from qll.cli import main
 from tests.e2e.conftest import QUICK
 
-FAST = ("--effort", "fast", "--keep", "0.6", *QUICK)
+FAST = ("--effort", "fast", "--keep", "0.6", "--sharing", "none", *QUICK)
 
 
 @pytest.fixture(scope="module")

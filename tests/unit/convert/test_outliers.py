@@ -42,12 +42,11 @@ def random_metric(seed: int) -> Metric:
 @pytest.mark.parametrize("metric", [plain(), random_metric(1)], ids=["plain", "kfac"])
 def test_the_fit_keeps_the_predicted_loss_and_the_counted_size(metric):
     weight = spiked()
-    for item in outlier_ladder(UNIT, SPEC, weight, metric, 8 / 768, keep=0.3, step=4)[:3]:
-        network = fit([weight], item.spec, [metric], torch.float64).network
-        error = metric.norm_squared(weight - network.to_matrix())
-        assert error <= 1.05 * item.loss + 1e-9
-        assert item.params == sum(t.numel() for t in (*network.cores, *network.indices))
-        assert len(network.cores[0]) == len(network.indices[0]) == 8
+    item = outlier_ladder(UNIT, SPEC, weight, metric, 8 / 768, keep=0.3, step=4)[0]
+    network = fit([weight], item.spec, [metric], torch.float64).network
+    assert metric.norm_squared(weight - network.to_matrix()) <= 1.05 * item.loss
+    assert item.params == sum(t.numel() for t in (*network.cores, *network.indices))
+    assert len(network.cores[0]) == len(network.indices[0]) == 8
 
 
 def test_entries_pay_where_there_are_super_weights_and_only_there():
@@ -60,7 +59,7 @@ def test_entries_pay_where_there_are_super_weights_and_only_there():
             min((item.loss for item in items if item.params <= budget), default=float("inf"))
             for items in (alone, beside)
         ]
-        assert (best[1] < 0.1 * best[0]) == pays
+        assert (best[1] < 0.2 * best[0]) == pays
 
 
 def test_auto_takes_them_when_they_are_offered_and_pay(tiny_hf_folder, tmp_path):
