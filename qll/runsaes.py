@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from qll import store
 from qll.calibrate import ExtraGradients, MomentStore
@@ -113,8 +115,8 @@ class Pair:
     tokenizer: Any
     device: torch.device
     text: Text
-    tokens: int
-    context: int
+    windows: Int[Tensor, "windows context"]
+    """The text in token ids; its windows are the documents."""
     out: Path
     """Gets features/ with three files per autoencoder."""
     work: Path
@@ -136,15 +138,16 @@ def look_at_features(state: Run, moments: MomentStore | None) -> dict[str, Any]:
 
     Measured on the first evaluation text, whose windows are the documents.
     """
-    texts = state.config.texts
+    texts, text = state.config.texts, evaluation_texts(state.config)[0]
+    context = min(texts.context, CONTEXT)
+    windows, _ = encode(text, state.tokenizer, texts.eval_tokens, context)
     pair = Pair(
         state.source,
         state.model,
         state.tokenizer,
         state.device,
-        evaluation_texts(state.config)[0],
-        texts.eval_tokens,
-        min(texts.context, CONTEXT),
+        text,
+        windows,
         state.out,
         state.work,
         moments,
@@ -156,7 +159,7 @@ def look_at_features(state: Run, moments: MomentStore | None) -> dict[str, Any]:
 def look_at_pair(pair: Pair, sae_dir: Path, names: Sequence[str]) -> dict[str, Any]:
     """Study the autoencoders `names` of `sae_dir` one by one; returns what `Pair.done` then says.
 
-    A killed run goes on with the next autoencoder. Raises what `encode`, `load` and `study` raise.
+    A killed run goes on with the next autoencoder. Raises what `load` and `study` raise.
     """
     from qll.lens import load_sae, study
     from qll.model import load, load_dense
@@ -164,7 +167,6 @@ def look_at_pair(pair: Pair, sae_dir: Path, names: Sequence[str]) -> dict[str, A
     section = pair.done
     if len(section["layers"]) == len(names):
         return section
-    windows, _ = encode(pair.text, pair.tokenizer, pair.tokens, pair.context)
     dense = load_dense(pair.source, torch.float32, pair.device)
     converted = load(pair.model, device=pair.device, dtype=torch.float32, verify=False)
     for name in names[len(section["layers"]) :]:
@@ -172,7 +174,7 @@ def look_at_pair(pair: Pair, sae_dir: Path, names: Sequence[str]) -> dict[str, A
             dense,
             converted,
             load_sae(sae_dir, name, device=pair.device),
-            windows,
+            pair.windows,
             pair.tokenizer,
             pair.work / "codes",
             metric_at=partial(_metric_at, pair.source, pair.moments),
