@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Int
@@ -20,18 +20,18 @@ from torch import Tensor
 
 from qll import store
 from qll.calibrate import ExtraGradients, MomentStore
-from qll.config import ConvertOptions, MainConfig
+from qll.config import ConvertOptions, LensConfig, MainConfig
 from qll.convert import metrics_of
 from qll.convert.metric import Metric
 from qll.errors import ShapeError, UsageError
-from qll.lens import Study
-from qll.lens.weight_table import REACH
 from qll.load import Source, Text, encode
 from qll.load.sae import find_saes, open_sae
 from qll.load.sae_names import site_of
-from qll.report import page_value, render_features
 from qll.runfolder import Run
 from qll.runtexts import evaluation_texts
+
+if TYPE_CHECKING:
+    from qll.lens import Study
 
 # Tokens per window: the windows of a text are the documents of the bootstrap, so more is better
 CONTEXT = 256
@@ -123,7 +123,7 @@ class Pair:
     """Gets sae.json, the part of the report that is done, and scratch files."""
     moments: MomentStore | None = None
     """For the metric of critical bonds."""
-    reach: int = REACH
+    reach: int = LensConfig.reach
     seed: int = 0
 
     @property
@@ -192,6 +192,8 @@ def write_study(pair: Pair, key: str, found: Study) -> dict[str, Any]:
 
     Returns the entry of the report: where the page is, beside the numbers.
     """
+    from qll.report import page_value, render_features
+
     stem = re.sub(r"[^\w.]+", "_", f"layers.{key}" if key.isdecimal() else key).strip("_")
     entry = {"text": pair.text.name, **found.entry, "page": f"features/{stem}.html"}
     folder = pair.out / "features"
