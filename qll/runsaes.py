@@ -6,6 +6,7 @@ folder is used. One is in memory at a time, beside both models.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 from collections.abc import Sequence
@@ -94,7 +95,9 @@ def feature_gradients(
             logger.warning("autoencoder %s: not the first after a block, it steers nothing", name)
             continue
         found[block] = feature_gradient(sae, weight, config.seed)
-        facts.append({"hookpoint": place, "d_sae": sae.spec.d_sae, "k": sae.spec.k})
+        bias = sae.stored.vectors["b_dec"].float().cpu().numpy().tobytes()
+        digest = hashlib.sha256(bias).hexdigest()
+        facts.append({"hookpoint": place, "d_sae": sae.spec.d_sae, "b_dec_sha256": digest})
     if not found:
         raise UsageError(
             "no autoencoder of a residual stream after a block",
