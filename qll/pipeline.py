@@ -158,54 +158,63 @@ def evaluate_folder(config: EvalConfig) -> dict[str, Any]:
 def look_at_folder(config: LensConfig) -> Path:
     """Study autoencoders on a folder converted earlier; returns --out, which then has lens.json.
 
-    Raises UsageError when the folder was made from another checkpoint than --llama_dir.
+    Everything is opened before anything is written. Raises UsageError when the folder or the
+    moments were made from another checkpoint than --llama_dir.
     """
     out, source = config.out, open_source(config.llama_dir)
-    inner = config.model / "model"
-    model = inner if (inner / store.MANIFEST_NAME).is_file() else config.model
-    made = store.read_manifest(model)
-    if made.get("source", source.fingerprint) != source.fingerprint:
-        raise UsageError(
-            "the converted folder was made from another checkpoint",
-            where=config.model,
-            expected=f"source {made['source'][:16]}",
-            found=f"{source.name}, {source.fingerprint[:16]}",
-            hint="name its dense checkpoint with --llama_dir",
-        )
+    model = converted_in(config.model, source)
     names = require_places(config.sae_dir, config.places(), source)
-    moments = None if config.moments is None else MomentStore(config.moments)
     topics = builtin_texts()["python_topics_evaluation"]
     text = topics if config.eval_text is None else read_text(config.eval_text)
-    settings = to_json(config) | {"fingerprint": source.fingerprint, "text_sha256": text.sha256}
+    tokenizer = open_tokenizer(source)
+    pair = Pair(
+        source,
+        model,
+        tokenizer,
+        choose_device(config.device),
+        text,
+        encode(text, tokenizer, config.eval_tokens, min(CONTEXT, config.eval_tokens))[0],
+        out,
+        out / "work",
+        None if config.moments is None else moments_of(config.moments, source),
+        config.reach,
+        config.seed,
+    )
+    settings = {key: value for key, value in to_json(config).items() if key != "out"}
+    settings |= {"fingerprint": source.fingerprint, "text_sha256": text.sha256}
     settings["converted"] = store.sha256(model / store.MANIFEST_NAME)
-    del settings["out"]
     with store.lock(out):
         claim_folder(out, settings)
         if (out / "lens.json").exists():
             print(f"{out} is complete; nothing to do", file=sys.stderr)
             return out
-        pair = Pair(
-            source,
-            model,
-            open_tokenizer(source),
-            choose_device(config.device),
-            text,
-            config.eval_tokens,
-            CONTEXT,
-            out,
-            out / "work",
-            moments,
-            config.reach,
-            config.seed,
-        )
         with hearing(partial(note_warning, out / "events.jsonl")):
             section = look_at_pair(pair, config.sae_dir, names)
         heard = [line["message"] for line in store.read_lines(out / "events.jsonl")]
-        facts = {"schema_version": 1, "model": source.name, "converted": str(model)}
+        facts = {"schema_version": 1, "model": source.name, "converted": str(config.model)}
         warnings = list(dict.fromkeys(heard))
         store.write_json(out / "lens.json", {**facts, **section, "warnings": warnings})
         store.remove(pair.work)
     return out
+
+
+def converted_in(folder: Path, source: Source) -> Path:
+    """The converted checkpoint in `folder`, which may be the output of a run.
+
+    Raises UsageError when it was made from another checkpoint than `source`.
+    """
+    inner = folder / "model"
+    model = inner if (inner / store.MANIFEST_NAME).is_file() else folder
+    made = store.read_manifest(model).get("source", source.fingerprint)
+    if made != source.fingerprint:
+        raise UsageError(
+            "the converted folder was made from another checkpoint",
+            where=folder,
+            expected=f"source {made[:16]}",
+            found=f"{source.name}, {source.fingerprint[:16]}",
+            hint="name its dense checkpoint with --llama_dir",
+        )
+    return model
 
 
 def generate_text(config: GenerateConfig) -> Iterator[str]:
@@ -294,18 +303,23 @@ def prior_moments(state: Run) -> MomentStore:
     )
 
 
-def given_moments(config: MainConfig, source: Source) -> MomentStore:
-    """The moments of --moments; raises UsageError when they do not fit checkpoint or metric."""
-    moments = MomentStore(config.moments)
-    hint = "run `calibrate` on this checkpoint with this --metric"
+def moments_of(folder: Path, source: Source) -> MomentStore:
+    """The moments in `folder`; raises UsageError when they are of another checkpoint."""
+    moments = MomentStore(folder)
     if moments.summary["source"] != source.fingerprint:
         raise UsageError(
             "the moments belong to another checkpoint",
-            where=config.moments,
+            where=folder,
             expected=f"source {source.fingerprint[:16]}",
             found=moments.summary["source"][:16],
-            hint=hint,
+            hint="run `calibrate` on this checkpoint",
         )
+    return moments
+
+
+def given_moments(config: MainConfig, source: Source) -> MomentStore:
+    """The moments of --moments; raises UsageError when they do not fit checkpoint or settings."""
+    moments = moments_of(config.moments, source)
     weight = moments.summary.get("extra", {}).get("feature_weight", 0.0)
     if weight != config.convert.feature_weight:
         raise UsageError(
@@ -317,7 +331,10 @@ def given_moments(config: MainConfig, source: Source) -> MomentStore:
         )
     if config.convert.metric == "kfac" and not moments.gradients:
         raise UsageError(
-            "the moments hold no gradients", where=config.moments, expected="for kfac", hint=hint
+            "the moments hold no gradients",
+            where=config.moments,
+            expected="for kfac",
+            hint="run `calibrate` with --metric kfac",
         )
     return moments
 

@@ -6,31 +6,34 @@ folder is used. One is in memory at a time, beside both models.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from qll import store
 from qll.calibrate import ExtraGradients, MomentStore
-from qll.config import MainConfig
+from qll.config import LensConfig, MainConfig
 from qll.convert import metrics_of
 from qll.convert.metric import Metric
 from qll.errors import ShapeError, UsageError
-from qll.lens import Study
-from qll.lens.weight_table import REACH
 from qll.load import Source, Text, encode
 from qll.load.sae import find_saes, open_sae
 from qll.load.sae_names import site_of
 from qll.options import ConvertOptions
-from qll.report import page_value, render_features
 from qll.runfolder import Run
 from qll.runtexts import evaluation_texts
+
+if TYPE_CHECKING:
+    from qll.lens import Study
 
 # Tokens per window: the windows of a text are the documents of the bootstrap, so more is better
 CONTEXT = 256
@@ -93,7 +96,9 @@ def feature_gradients(
             logger.warning("autoencoder %s: not the first after a block, it steers nothing", name)
             continue
         found[block] = feature_gradient(sae, weight, config.seed)
-        facts.append({"hookpoint": place, "d_sae": sae.spec.d_sae, "k": sae.spec.k})
+        bias = sae.stored.vectors["b_dec"].float().cpu().numpy().tobytes()
+        digest = hashlib.sha256(bias).hexdigest()
+        facts.append({"hookpoint": place, "d_sae": sae.spec.d_sae, "b_dec_sha256": digest})
     if not found:
         raise UsageError(
             "no autoencoder of a residual stream after a block",
@@ -114,15 +119,15 @@ class Pair:
     tokenizer: Any
     device: torch.device
     text: Text
-    tokens: int
-    context: int
+    windows: Int[Tensor, "windows context"]
+    """The text in token ids; its windows are the documents."""
     out: Path
     """Gets features/ with three files per autoencoder."""
     work: Path
     """Gets sae.json, the part of the report that is done, and scratch files."""
     moments: MomentStore | None = None
     """For the metric of critical bonds."""
-    reach: int = REACH
+    reach: int = LensConfig.reach
     seed: int = 0
 
     @property
@@ -137,15 +142,16 @@ def look_at_features(state: Run, moments: MomentStore | None) -> dict[str, Any]:
 
     Measured on the first evaluation text, whose windows are the documents.
     """
-    texts = state.config.texts
+    texts, text = state.config.texts, evaluation_texts(state.config)[0]
+    context = min(texts.context, CONTEXT)
+    windows, _ = encode(text, state.tokenizer, texts.eval_tokens, context)
     pair = Pair(
         state.source,
         state.model,
         state.tokenizer,
         state.device,
-        evaluation_texts(state.config)[0],
-        texts.eval_tokens,
-        min(texts.context, CONTEXT),
+        text,
+        windows,
         state.out,
         state.work,
         moments,
@@ -157,7 +163,7 @@ def look_at_features(state: Run, moments: MomentStore | None) -> dict[str, Any]:
 def look_at_pair(pair: Pair, sae_dir: Path, names: Sequence[str]) -> dict[str, Any]:
     """Study the autoencoders `names` of `sae_dir` one by one; returns what `Pair.done` then says.
 
-    A killed run goes on with the next autoencoder. Raises what `encode`, `load` and `study` raise.
+    A killed run goes on with the next autoencoder. Raises what `load` and `study` raise.
     """
     from qll.lens import load_sae, study
     from qll.model import load, load_dense
@@ -165,7 +171,6 @@ def look_at_pair(pair: Pair, sae_dir: Path, names: Sequence[str]) -> dict[str, A
     section = pair.done
     if len(section["layers"]) == len(names):
         return section
-    windows, _ = encode(pair.text, pair.tokenizer, pair.tokens, pair.context)
     dense = load_dense(pair.source, torch.float32, pair.device)
     converted = load(pair.model, device=pair.device, dtype=torch.float32, verify=False)
     for name in names[len(section["layers"]) :]:
@@ -173,7 +178,7 @@ def look_at_pair(pair: Pair, sae_dir: Path, names: Sequence[str]) -> dict[str, A
             dense,
             converted,
             load_sae(sae_dir, name, device=pair.device),
-            windows,
+            pair.windows,
             pair.tokenizer,
             pair.work / "codes",
             metric_at=partial(_metric_at, pair.source, pair.moments),
@@ -191,6 +196,8 @@ def write_study(pair: Pair, key: str, found: Study) -> dict[str, Any]:
 
     Returns the entry of the report: where the page is, beside the numbers.
     """
+    from qll.report import page_value, render_features
+
     stem = re.sub(r"[^\w.]+", "_", f"layers.{key}" if key.isdecimal() else key).strip("_")
     entry = {"text": pair.text.name, **found.entry, "page": f"features/{stem}.html"}
     folder = pair.out / "features"

@@ -70,6 +70,19 @@ TEXT = {
     "top1_agreement": MAYBE_NUMBER,
 }
 
+FEATURES = {
+    "hookpoint": str,
+    "dense": {"fvu": MAYBE_NUMBER},
+    "converted": {"fvu": MAYBE_NUMBER},
+    "survival": {
+        **dict.fromkeys(("kept", "blurred", "lost", "silenced", "measured", "unmeasured"), int),
+        "kept_share": {"unweighted": MAYBE_NUMBER, "by_energy": MAYBE_NUMBER},
+    },
+    "controls?": dict,
+    "causal?": dict,
+    "page?": str,
+}
+
 SCHEMA: dict[Any, Any] = {
     "schema_version": int,
     "model": {
@@ -95,7 +108,7 @@ SCHEMA: dict[Any, Any] = {
     },
     "entropy": {"per_matrix": [ENTROPY], "activations": list, "spectra?": [SPECTRUM]},
     "quality": {"texts": {EACH: TEXT}},
-    "sae": {"layers": dict},
+    "sae": {"layers": {EACH: FEATURES}},
     "cost": {
         "seconds": {EACH: NUMBER},
         "peak_rss_bytes": MAYBE_NUMBER,

@@ -24,7 +24,7 @@ WORST = 5
 
 
 def text_table(report: Mapping[str, Any], path: Path | None = None) -> str:
-    """Model, quality per text, cost, entropy per matrix type and the worst matrices, as text.
+    """Model, quality, cost, entropy per matrix type, worst matrices, features, as text.
 
     `path`: of the HTML page, printed last. Raises ReportError when `report` lacks a key.
 
@@ -41,6 +41,7 @@ def text_table(report: Mapping[str, Any], path: Path | None = None) -> str:
         _entropy(rows),
         _losses(report),
         _worst(rows),
+        features_table(report["sae"]["layers"]).splitlines(),
     ]
     warnings = len(report["warnings"])
     if warnings:
@@ -158,17 +159,20 @@ def _mean(values: Iterable[units.Number | None]) -> str:
 def features_table(layers: Mapping[str, Mapping[str, Any]]) -> str:
     """What became of the features of each autoencoder, one line each; "" without any.
 
+    kept: share of the measured ones, beside that of rounding to bfloat16; effects: share of
+    effects on the logits kept; FVU: dense, and after the conversion.
+
     >>> features_table({})
     ''
     """
-    header = ("features", "measured", "kept", "blurred", "lost", "silenced", "kept, bf16 floor",
-              "effects kept", "FVU dense", "converted")  # fmt: skip
+    header = ("features", "measured", "kept", "blurred", "lost", "silenced", "bf16 floor",
+              "effects", "FVU", "after")  # fmt: skip
     rows = []
     for entry in layers.values():
         survival, floor = entry["survival"], entry.get("controls", {}).get("floor")
         rows.append(
             (
-                _safe(entry["hookpoint"], 40),
+                _safe(entry["hookpoint"], 18),
                 units.count(survival["measured"]),
                 units.percent(survival["kept_share"]["unweighted"]),
                 *(units.count(survival[name]) for name in ("blurred", "lost", "silenced")),

@@ -103,6 +103,8 @@ def test_folders_and_places_that_do_not_fit(
     assert "found layers.0, layers.1.mlp" in said("--hookpoints", "1")
     assert "not a place" in said("--hookpoints", "attic", code=2)
     assert "no such file" in said("--eval_text", tmp_path / "none.txt", code=2)
+    (tmp_path / "short.txt").write_text("a")
+    assert "short.txt" in said("--eval_text", tmp_path / "short.txt")
     assert "--reach" in said("--reach", "0", code=2)
     said(model=tmp_path / "nowhere")
     other = tmp_path / "other"

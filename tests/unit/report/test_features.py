@@ -22,10 +22,9 @@ def features_text() -> str:
     return SAMPLE.read_text(encoding="utf-8")
 
 
-@pytest.fixture
-def features(features_text) -> dict:
+def cut(text: str) -> dict:
     """The sample cut to a few features with contexts."""
-    value = json.loads(features_text)
+    value = json.loads(text)
     wanted = value["entry"]["remarkable"]
     for name in wanted:
         wanted[name] = wanted[name][:3]
@@ -34,8 +33,19 @@ def features(features_text) -> dict:
     return value
 
 
-def test_the_page_shows_the_data(features):
-    reader = read(render_features(features))
+@pytest.fixture
+def features(features_text) -> dict:
+    return cut(features_text)
+
+
+@pytest.fixture(scope="module")
+def clean(features_text):
+    """The page of the sample, read once."""
+    return read(render_features(cut(features_text)))
+
+
+def test_the_page_shows_the_data(features, clean):
+    reader = clean
     text = " ".join(" ".join(reader.texts).split())
     survival = features["entry"]["survival"]
     for expected in ("layers.9", "3,964 ordinary tokens", "62.0 %", "kfac metric", "10 gate",
@@ -49,22 +59,18 @@ def test_the_page_shows_the_data(features):
     assert data["examples"] == features["examples"]
 
 
-def test_one_file_that_asks_for_nothing_and_runs_only_our_script(features):
-    reader = read(render_features(features))
-    for tag, attributes in reader.tags:
+def test_one_file_that_asks_for_nothing_and_runs_only_our_script(clean):
+    for tag, attributes in clean.tags:
         assert tag not in {"link", "iframe", "object", "embed", "img", "base"}
         assert "src" not in attributes
-        assert attributes.get("href", "#") in ("../report.html",) or attributes.get(
-            "href", "#"
-        ).startswith("#")
+        assert attributes.get("href", "#").startswith(("#", "../report.html"))
         assert not [name for name in attributes if name.startswith("on")]
-    policy = next(a["content"] for _, a in reader.tags if a.get("http-equiv"))
+    policy = next(a["content"] for _, a in clean.tags if a.get("http-equiv"))
     assert policy.startswith("default-src 'none'; script-src 'sha256-")
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
-def test_hostile_tokens_and_names_stay_text(features, text):
-    plain = read(render_features(features))
+def test_hostile_tokens_and_names_stay_text(features, clean, text):
     features["model"] = features["entry"]["hookpoint"] = features["entry"]["text"] = text
     features["entry"]["weights"]["metric"] = text
     features["entry"]["weights"]["matrices"][0]["matrix"] = text
@@ -73,8 +79,8 @@ def test_hostile_tokens_and_names_stay_text(features, text):
         for example in found:
             example["tokens"] = [text for _ in example["tokens"]]
     attacked = read(render_features(features))
-    assert [tag for tag, _ in attacked.tags] == [tag for tag, _ in plain.tags]
-    assert len(attacked.scripts) == len(plain.scripts) == 2
+    assert [tag for tag, _ in attacked.tags] == [tag for tag, _ in clean.tags]
+    assert len(attacked.scripts) == len(clean.scripts) == 2
     assert any(text.replace("\u0000", "\ufffd") in part or text in part for part in attacked.texts)
 
 
