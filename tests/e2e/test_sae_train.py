@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from qll.cli import main
 from qll.lens import load_sae
+from qll.load import builtin_texts
 from qll.load.sae import open_sae
 from tests.e2e.conftest import ROOT
 
@@ -22,6 +23,13 @@ SMALL = (
     *("--buffer_tokens", "1024", "--precision", "float32", "--seed", "3", "--eval_tokens", "256"),
 )
 PLACES = ("--hookpoints", "layers.0", "layers.1.mlp")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def text(tiny_checkpoint):
+    """Enough of a text, so that not all of the default one is cut into tokens again and again."""
+    path = tiny_checkpoint.parent / "text.txt"
+    path.write_text(builtin_texts()["python_topics_calibration"].text[:60_000])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -34,7 +42,9 @@ def one_thread():
 
 
 def words(tiny_checkpoint, out, *more: str) -> list[str]:
-    return ["sae", "train", "--llama_dir", str(tiny_checkpoint), "--out", str(out), *SMALL, *more]
+    places = ["--llama_dir", str(tiny_checkpoint), "--out", str(out)]
+    named = [] if "--text" in more else ["--text", str(tiny_checkpoint.parent / "text.txt")]
+    return ["sae", "train", *places, *named, *SMALL, *more]
 
 
 @pytest.fixture(scope="module")
@@ -108,18 +118,18 @@ def test_killed_it_resumes_to_the_same_bytes(whole, tiny_checkpoint, tmp_path):
     [
         ("multitopk", ("--dtype", "bfloat16")),
         ("jumprelu", ()),
-        ("transcoder", ("--skip", "--hookpoints", "layers.1.mlp")),
+        ("transcoder", ("--skip",)),
     ],
 )
 def test_every_kind_trains_and_opens(kind, more, tiny_checkpoint, tmp_path):
     out = tmp_path / "out"
     flags = ("--kind", kind, "--tokens", "4096", *more)
-    if kind != "transcoder":
-        flags += ("--hookpoints", "layers.0")
     assert main(words(tiny_checkpoint, out, *flags)) == 0
     curve = lines(out)
     assert curve[-1]["fvu"] < curve[0]["fvu"]
     sae = open_sae(out)
+    # the middle of two blocks, as no place was named
+    assert sae.spec.writes == ("layers.1.mlp" if kind == "transcoder" else "layers.1")
     assert sae.spec.transcodes == (kind == "transcoder")
     assert sae.spec.activation == ("jumprelu" if kind == "jumprelu" else "topk")
     assert ("W_skip" in sae.vectors) == (kind == "transcoder")
