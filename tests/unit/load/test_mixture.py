@@ -58,3 +58,16 @@ def test_too_few_tokens_are_named():
 def test_shares_sum_up(weights):
     for total in (0, 1, 7, 100):
         assert sum(shares(weights, total)) == total
+
+
+def test_what_is_skipped_is_the_start_of_the_same_draw():
+    text, tokenizer = Text("t", "".join(c * 4 for c in "abcdefgh")), one_letter_per_byte()
+    first = mixed_windows([text], [1], tokenizer, 20, 4)
+    rest = mixed_windows([text], [1], tokenizer, 12, 4, skip=20)
+    assert counts(torch.cat([first, rest])) == [1] * 8
+
+
+def test_nothing_is_left_behind_everything(caplog):
+    text = texts(40, 40)[:1]
+    assert len(mixed_windows(text, [1], one_letter_per_byte(), 8, 4, skip=4000)) == 0
+    assert "fewer than its share" in caplog.text
