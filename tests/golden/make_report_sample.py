@@ -266,6 +266,15 @@ def make() -> dict[str, Any]:
             "dtype": "bfloat16",
             "params": {"dense": params, "converted": params_converted},
             "bytes": {"dense": 2 * params, "converted": 2 * params_converted},
+            "measured": [
+                {
+                    "kind": "lowrank q_proj",
+                    "first": 0,
+                    "last": 9,
+                    "predicted": 0.0121,
+                    "measured": 0.0153,
+                }
+            ],
             "per_matrix": rows,
         },
         entropy={"per_matrix": entropies, "activations": [], "spectra": spectra},

@@ -33,6 +33,7 @@ ROOMS = (
     "runtexts",
     "runmodel",
     "runsaes",
+    "runplan",
     "pipeline",
     "saejob",
     "api",
