@@ -228,6 +228,48 @@ def provenance() -> dict[str, Any]:
     }
 
 
+def features() -> dict:
+    """What became of the features of one autoencoder."""
+    return {
+        "hookpoint": "layers.9",
+        "dense": {"fvu": 0.1312},
+        "converted": {"fvu": 0.1583},
+        "survival": {
+            "kept": 3120,
+            "blurred": 702,
+            "lost": 96,
+            "silenced": 11,
+            "measured": 3929,
+            "unmeasured": 679,
+            "kept_share": {"unweighted": 0.7941, "by_energy": 0.9032},
+        },
+        "controls": {"floor": {"kept_share": {"unweighted": 0.9985}}},
+        "causal": {"kept_share": 0.71},
+        "page": "features/layers.9.html",
+    }
+
+
+def features() -> dict[str, Any]:
+    """What became of the features of one autoencoder."""
+    return {
+        "hookpoint": "layers.9",
+        "dense": {"fvu": 0.1312},
+        "converted": {"fvu": 0.1583},
+        "survival": {
+            "kept": 3120,
+            "blurred": 702,
+            "lost": 96,
+            "silenced": 11,
+            "measured": 3929,
+            "unmeasured": 679,
+            "kept_share": {"unweighted": 0.7941, "by_energy": 0.9032},
+        },
+        "controls": {"floor": {"kept_share": {"unweighted": 0.9985}}},
+        "causal": {"kept_share": 0.71},
+        "page": "features/layers.9.html",
+    }
+
+
 def make() -> dict[str, Any]:
     """The sample report."""
     maker = Maker(seed=7)
@@ -280,6 +322,7 @@ def make() -> dict[str, Any]:
         entropy={"per_matrix": entropies, "activations": [], "spectra": spectra},
         quality={"texts": texts()},
         cost=cost(),
+        sae={"layers": {"9": features()}},
         warnings=[
             "model.layers.0.mlp.down_proj: second moments have condition 3e+09; ridge 1e-06 added",
             "model.layers.29.self_attn.v_proj: the budget left no rank below dense; kept dense",

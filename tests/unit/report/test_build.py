@@ -20,7 +20,7 @@ GOLDEN = Path(__file__).parents[2] / "golden"
 def rebuild(report: dict, **changes):
     parts = {
         key: report[key]
-        for key in ("model", "compression", "entropy", "quality", "cost", "provenance")
+        for key in ("model", "compression", "entropy", "quality", "sae", "cost", "provenance")
     }
     return build_report(**{**parts, "warnings": report["warnings"], **changes})
 
@@ -112,4 +112,4 @@ def test_what_is_not_data_is_refused_with_its_place(small):
 
 
 def test_without_saes_there_is_an_empty_section(small):
-    assert rebuild(small)["sae"] == {"layers": {}}
+    assert rebuild(small, sae=None)["sae"] == {"layers": {}}

@@ -26,7 +26,7 @@ def test_columns_line_up_and_fit(sample):
     lines = text_table(sample).splitlines()
     assert max(map(len, lines)) <= 100
     rules = [number for number, line in enumerate(lines) if line.startswith("---")]
-    assert len(rules) == 4
+    assert len(rules) == 6
     for number in rules:
         assert len(lines[number - 1]) == len(lines[number]) == len(lines[number + 1])
 
