@@ -17,6 +17,10 @@ from typing import Any
 from qll.report import build_report
 
 TARGET = Path(__file__).with_name("report_sample.json")
+MEASURED = [
+    {"kind": "lowrank q_proj", "first": 0, "last": 4, "predicted": 0.0057, "measured": 0.0039},
+    {"kind": "lowrank gate_proj", "first": 0, "last": 4, "predicted": 0.0022, "measured": 0.0071},
+]
 LAYERS = 30
 SHAPES = {
     "self_attn.q_proj": (576, 576),
@@ -308,15 +312,7 @@ def make() -> dict[str, Any]:
             "dtype": "bfloat16",
             "params": {"dense": params, "converted": params_converted},
             "bytes": {"dense": 2 * params, "converted": 2 * params_converted},
-            "measured": [
-                {
-                    "kind": "lowrank q_proj",
-                    "first": 0,
-                    "last": 9,
-                    "predicted": 0.0121,
-                    "measured": 0.0153,
-                }
-            ],
+            "measured": MEASURED,
             "per_matrix": rows,
         },
         entropy={"per_matrix": entropies, "activations": [], "spectra": spectra},
