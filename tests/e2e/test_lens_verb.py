@@ -33,7 +33,7 @@ def converted(tiny_checkpoint, tmp_path_factory):
 
 def lens(tiny_checkpoint, converted, autoencoders, out, *more):
     words = ["lens", "--model", converted, "--llama_dir", tiny_checkpoint, "--sae_dir",
-             autoencoders, "--out", out, "--eval_tokens", "512", *more]  # fmt: skip
+             autoencoders, "--out", out, "--eval_tokens", "256", *more]  # fmt: skip
     return main([str(word) for word in words])
 
 
@@ -104,7 +104,7 @@ def test_folders_and_places_that_do_not_fit(
     assert "not a place" in said("--hookpoints", "attic", code=2)
     assert "no such file" in said("--eval_text", tmp_path / "none.txt", code=2)
     (tmp_path / "short.txt").write_text("a")
-    assert "short.txt" in said("--eval_text", tmp_path / "short.txt")
+    assert "too few tokens" in said("--eval_text", tmp_path / "short.txt")
     assert "--reach" in said("--reach", "0", code=2)
     said(model=tmp_path / "nowhere")
     other = tmp_path / "other"
