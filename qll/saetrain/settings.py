@@ -19,8 +19,8 @@ class LearningOptions:
 
     rate: float = 2e-3
     """Highest learning rate of Adam; it warms up over 4 % of the tokens, then falls to 0."""
-    batch_tokens: int = 2048
-    """Tokens per step, about."""
+    batch_tokens: int = 1024
+    """Tokens per step, about; a short run gains more from many steps than from large ones."""
     context: int = 512
     """Tokens per window of text."""
     buffer_tokens: int = 65536
