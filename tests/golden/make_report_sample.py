@@ -232,27 +232,6 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def features() -> dict:
-    """What became of the features of one autoencoder."""
-    return {
-        "hookpoint": "layers.9",
-        "dense": {"fvu": 0.1312},
-        "converted": {"fvu": 0.1583},
-        "survival": {
-            "kept": 3120,
-            "blurred": 702,
-            "lost": 96,
-            "silenced": 11,
-            "measured": 3929,
-            "unmeasured": 679,
-            "kept_share": {"unweighted": 0.7941, "by_energy": 0.9032},
-        },
-        "controls": {"floor": {"kept_share": {"unweighted": 0.9985}}},
-        "causal": {"kept_share": 0.71},
-        "page": "features/layers.9.html",
-    }
-
-
 def features() -> dict[str, Any]:
     """What became of the features of one autoencoder."""
     return {
