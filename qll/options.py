@@ -150,16 +150,16 @@ class TrainOptions:
     """What is trained after the closed forms; unset numbers follow --effort."""
 
     effort: Literal["fast", "balanced", "best"] = "balanced"
-    """fast: no training; balanced: each block refined, then a short healing; best: a long one."""
+    """fast: no training; balanced: each block refined; best: refined longer, then healed."""
     refine_passes: int | None = None
-    """Passes over the refinement windows per block (fast 0, balanced 4, best 4)."""
-    refine_tokens: int = 16384
+    """Passes over the refinement windows per block (fast 0, balanced 2, best 4)."""
+    refine_tokens: int = 65536
     """Tokens each block is refined on; one window in eight is held out."""
-    refine_rate: float = 2e-4
+    refine_rate: float = 1e-4
     """Highest learning rate of the refinement."""
     heal_tokens: int | None = None
-    """Tokens of distillation of the whole model (fast 0, balanced 65,536, best 393,216)."""
-    heal_rate: float = 1.5e-4
+    """Tokens of distillation of the whole model (fast 0, balanced 0, best 393,216)."""
+    heal_rate: float = 8e-5
     """Highest learning rate of the healing."""
     tune_tokens: int | None = None
     """Under --bits, tokens of distillation that train scales, codes fixed (0, 0, best 131,072)."""
@@ -188,13 +188,13 @@ class TrainOptions:
     @property
     def passes(self) -> int:
         """Passes of block refinement."""
-        by_effort = {"fast": 0, "balanced": 4, "best": 4}
+        by_effort = {"fast": 0, "balanced": 2, "best": 4}
         return by_effort[self.effort] if self.refine_passes is None else self.refine_passes
 
     @property
     def healing(self) -> int:
         """Tokens of healing."""
-        by_effort = {"fast": 0, "balanced": 65536, "best": 393216}
+        by_effort = {"fast": 0, "balanced": 0, "best": 393216}
         return by_effort[self.effort] if self.heal_tokens is None else self.heal_tokens
 
     @property

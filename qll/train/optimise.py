@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from qll.errors import NonFiniteError
 
-WARM_UP = 0.04  # share of the steps
+WARM_UP = 0.1  # share of the steps
 LAST_SHARE = 0.1  # learning rate at the end, of that at the top
-BETAS = (0.9, 0.95)
+# batches are small: a short memory of squares makes steps of noise, 0.95 lost at every rate tried
+BETAS = (0.9, 0.99)
 CLIP_NORM = 1.0
 
 

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 QUICK = ("--calib_tokens", "512", "--eval_tokens", "512", "--context", "128")
-QUICK += ("--heal_tokens", "1024")
+QUICK += ("--refine_tokens", "2048")
 
 
 @pytest.fixture(scope="session")

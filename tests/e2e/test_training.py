@@ -36,7 +36,7 @@ def test_best_refines_and_heals_and_says_so(best):
 
 
 def test_it_is_nearer_to_the_dense_model_than_the_closed_form(best, tiny_checkpoint, tmp_path):
-    fast = run(tiny_checkpoint, tmp_path / "fast", "--effort", "fast", "--heal_tokens", "0")
+    fast = run(tiny_checkpoint, tmp_path / "fast", "--effort", "fast")
     assert fast["compression"]["training"] == {}
     for name, text in fast["quality"]["texts"].items():
         assert best["quality"]["texts"][name]["kl"] < text["kl"]
@@ -81,7 +81,7 @@ def test_bits_are_packed_from_what_was_trained(best, tiny_checkpoint, tmp_path):
 
 
 def test_tuned_scales_are_nearer_to_the_dense_model_with_the_same_codes(tiny_checkpoint, tmp_path):
-    flags = ("--effort", "fast", "--heal_tokens", "0", "--bits", "3")
+    flags = ("--effort", "fast", "--bits", "3")
     rounded = run(tiny_checkpoint, tmp_path / "rounded", *flags)
     tuned = run(tiny_checkpoint, tmp_path / "tuned", *flags, "--tune_tokens", "16384")
     facts = tuned["compression"]["training"]["tune"]
@@ -108,7 +108,7 @@ def test_without_memory_healing_is_left_out_and_said_or_refused(
     tiny_checkpoint, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr("qll.runmodel.free_bytes", lambda device: 1000)
-    words = [word for word in QUICK if word not in ("--heal_tokens", "1024")]
+    words = [*QUICK, "--effort", "best"]
     words = ["--llama_dir", str(tiny_checkpoint), *words, "--refine_tokens", "1024"]
     words += ["--train_context", "64", "--keep", "0.5"]
     assert main([*words, "--out", str(tmp_path / "out")]) == 0

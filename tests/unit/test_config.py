@@ -20,7 +20,7 @@ def test_effort_decides_unset_numbers_only():
     assert (TrainOptions("fast").passes, TrainOptions("fast").healing) == (0, 0)
     balanced, best = TrainOptions("balanced"), TrainOptions("best")
     assert balanced.passes > 0
-    assert 0 < balanced.healing < best.healing
+    assert 0 == balanced.healing < best.healing
     assert TrainOptions("fast", refine_passes=7, heal_tokens=9).passes == 7
     assert TrainOptions("best", heal_tokens=0).healing == 0
 
