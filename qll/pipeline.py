@@ -340,4 +340,5 @@ def needed_bytes(state: Run) -> int:
     share = {"plain": 0, "activation": inputs, "kfac": inputs + grads}[state.config.convert.metric]
     share += inputs * bool(state.config.texts.prior_tokens)
     moments = 4 * share * config.num_hidden_layers
-    return 2 * params * kind.itemsize + trained + moments + (1 << 24)
+    streams = 4 * 4 * d_model * train.refine_tokens * bool(train.passes)
+    return 2 * params * kind.itemsize + trained + streams + moments + (1 << 24)

@@ -81,7 +81,7 @@ def share_of_rate(step: int, steps: int) -> float:
     """Learning rate at `step` of `steps`, as a share of the highest.
 
     >>> [round(share_of_rate(step, 100), 2) for step in (0, 4, 52, 99)]
-    [0.25, 1.0, 0.55, 0.1]
+    [0.1, 0.5, 0.6, 0.1]
     """
     warm = max(1, round(WARM_UP * steps))
     if step < warm:
