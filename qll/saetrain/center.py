@@ -17,6 +17,7 @@ def geometric_median(x: Float[Tensor, "tokens d"]) -> Float[Tensor, " d"]:
     Unlike the mean it does not follow a few very long rows (Bricken et al. 2023, "Towards
     Monosemanticity", start b_dec there).
 
+    >>> import torch
     >>> geometric_median(torch.tensor([[0.0], [0.0], [0.0], [100.0]])).abs() < 1e-3
     tensor([True])
     """
@@ -37,6 +38,7 @@ def spread(x: Float[Tensor, "tokens d"], where: str) -> float:
 
     Raises NonFiniteError when there is none: NaN, infinity, or every row the same.
 
+    >>> import torch
     >>> spread(torch.tensor([[3.0, 0.0], [-3.0, 0.0]]), "layers.0")
     3.0
     """

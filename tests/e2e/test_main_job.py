@@ -88,7 +88,7 @@ def test_verify_generate_eval_export_report(finished, tiny_checkpoint, tmp_path,
     words = ("--prompt", "The for statement", "--max_new_tokens", "8")
     assert printed(capsys, "generate", "--model", model, *words).strip()
     scored = printed(
-        capsys, "eval", "--model", model, "--llama_dir", str(tiny_checkpoint), *QUICK[2:]
+        capsys, "eval", "--model", model, "--llama_dir", str(tiny_checkpoint), *QUICK[2:6]
     )
     report = json.loads((out / "report.json").read_text())
     of_report = report["quality"]["texts"]["python_topics_evaluation"]

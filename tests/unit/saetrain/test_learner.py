@@ -39,7 +39,7 @@ def taught(learner: Learner, steps: int, seed: int = 0, first: int = 0) -> Learn
 
 
 def test_it_finds_the_directions_that_made_the_data():
-    learner = taught(learner_of(rate=1e-2), 200)
+    learner = taught(learner_of(rate=1e-2), 300)
     cosines = functional.normalize(learner.coder.W_dec, dim=1) @ planted(1)[1].T
     assert (cosines.max(dim=0)[0] > 0.95).float().mean() > 0.9
     learner.statistics = Statistics()
@@ -48,7 +48,7 @@ def test_it_finds_the_directions_that_made_the_data():
 
 
 def test_jumprelu_comes_to_fire_as_often_as_asked():
-    learner = taught(learner_of("jumprelu", rate=1e-2), 200)
+    learner = taught(learner_of("jumprelu", rate=1e-2), 300)
     learner.statistics = Statistics()
     taught(learner, 1, seed=9, first=350)
     found = learner.report()
