@@ -8,9 +8,9 @@ NOTHING = 1e-20
 
 
 def significant(value: float) -> float:
-    """`value` to ten digits.
+    """`value` to six digits: of an error near rounding no more are its own.
 
     >>> significant(0.1 + 0.2), significant(2.6e-30)
     (0.3, 0.0)
     """
-    return float(f"{value:.10g}") if abs(value) > NOTHING else 0.0
+    return float(f"{value:.6g}") if abs(value) > NOTHING else 0.0

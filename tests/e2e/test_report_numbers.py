@@ -49,7 +49,7 @@ def test_a_random_model_lies_on_the_random_line(report):
 
 
 def test_truncation_shows_as_lower_entropy(report):
-    """The cuts are between balanced sites; a network split elsewhere need not lower each of them."""
+    """Cuts are between balanced sites; a network split elsewhere need not lower each of them."""
     sites = [e for e in report["entropy"]["per_matrix"] if e["cut"] != "channel"]
     lost = [e["nats"] - e["nats_converted"] for e in sites if ".layers." in e["name"]]
     assert sum(change > 0 for change in lost) >= 0.9 * len(lost)
