@@ -52,24 +52,28 @@ def make_model(state: Run, moments: MomentStore | None, plan: Plan) -> dict[str,
     if train.passes and is_lossy:
         trained = plan_folder(state, "refined")
         training["refine"] = timed(state, "refine", refine_blocks, moments, plan, trained)
-    if train.healing and is_lossy and healing_fits(state):
-        refined, trained = trained, plan_folder(state, "healed")
+    healed = plan_folder(state, "healed")
+    if train.healing and is_lossy and distilling_fits(state, "--heal_tokens", healed):
+        refined, trained = trained, healed
         training["heal"] = timed(state, "heal", heal_model, plan, refined, trained)
     if state.config.convert.bits:
         records = timed(state, "pack", pack, moments, plan, trained, records)
-        if train.tuning:
-            healed, trained = trained, plan_folder(state, "tuned")
-            training["tune"] = timed(state, "tune", tune_scales, plan, healed, trained)
+        tuned = plan_folder(state, "tuned")
+        if train.tuning and distilling_fits(state, "--tune_tokens", tuned):
+            before, trained = trained, tuned
+            training["tune"] = timed(state, "tune", tune_scales, plan, before, trained)
     return timed(state, "write", write_model, moments, plan, records, training, trained)
 
 
 def require_training(state: Run) -> None:
     """Raise TextError before anything is measured when the texts are too short to train on, and
-    UsageError when there is too little memory for a healing that was asked for."""
+    UsageError when there is too little memory for a distillation that was asked for."""
     train = state.config.train
     tuning = train.tuning * bool(state.config.convert.bits)
     if train.heal_tokens and state.config.convert.keep < 1.0:
-        healing_fits(state)
+        distilling_fits(state, "--heal_tokens")
+    if train.tune_tokens and state.config.convert.bits:
+        distilling_fits(state, "--tune_tokens")
     wanted = [train.refine_tokens * bool(train.passes), train.healing]
     # at keep 1 the closed form is exact, and nothing but scales is trained
     for tokens in (*(wanted if state.config.convert.keep < 1.0 else ()), tuning):
@@ -77,26 +81,32 @@ def require_training(state: Run) -> None:
             require_held_out(calibration_windows(state, tokens, train.train_context))
 
 
-def healing_fits(state: Run) -> bool:
-    """Whether there is memory to heal; if not, a warning says so, or an error if it was asked for.
+def distilling_fits(state: Run, flag: str, done: Path | None = None) -> bool:
+    """Whether there is memory to distil; if not, a warning says so.
 
-    Raises UsageError for --heal_tokens of its own on a machine without the memory.
+    flag: the setting that says for how long. done: where an earlier call left its facts. Raises
+    UsageError for a flag that was given on a machine without the memory.
     """
+    if done is not None and (done / "facts.json").is_file():
+        return True
     params = sum(math.prod(spec.shape) for spec in state.source.specs().values())
     needed = healing_bytes(params, params, state.source.config.vocab_size)
     free = free_bytes(state.device)
     if needed <= free:
         return True
-    facts = f"about {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
-    if state.config.train.heal_tokens is not None:
+    if getattr(state.config.train, flag.removeprefix("--")) is not None:
         raise UsageError(
-            "too little memory to heal this model",
-            where="--heal_tokens",
-            expected=facts.split(",")[0],
+            "too little memory to distil this model",
+            where=flag,
+            expected=f"about {needed / 1e9:.0f} GB",
             found=f"{free / 1e9:.0f} GB free",
-            hint="leave --heal_tokens out, or run on a larger machine",
+            hint=f"leave {flag} out, or run on a larger machine",
         )
-    logger.warning("healing was left out: two models and an optimiser need %s", facts)
+    logger.warning(
+        "distillation (%s) was left out: two models and an optimiser need about %.0f GB, %.0f are "
+        "free",
+        *(flag, needed / 1e9, free / 1e9),
+    )
     return False
 
 
@@ -144,7 +154,7 @@ def heal_model(state: Run, plan: Plan, refined: Path | None, trained: Path) -> d
     assemble_folder(state, plan, refined, start, as_float=True)
     dense = load_dense(state.source, torch.float32, state.device)
     converted = load(start, device=state.device, dtype=torch.float32, verify=False)
-    facts = distil(state, dense, converted, train.healing, train.heal_rate, trained)
+    facts = distil(state, "healing", dense, converted, train.healing, train.heal_rate, trained)
     save_trained(converted, trained)
     store.write_json(trained / "facts.json", facts)
     store.remove(start)
@@ -152,12 +162,12 @@ def heal_model(state: Run, plan: Plan, refined: Path | None, trained: Path) -> d
 
 
 def distil(
-    state: Run, dense: Any, converted: Any, tokens: int, rate: float, work: Path
+    state: Run, name: str, dense: Any, converted: Any, tokens: int, rate: float, work: Path
 ) -> dict[str, Any]:
     """Train what can be trained of `converted` on the calibration texts; returns the facts."""
     train = state.config.train
     precision = choose_precision(train.precision, state.device)
-    settings = HealSettings(tokens, rate, precision=precision, seed=state.config.seed)
+    settings = HealSettings(tokens, rate, name=name, precision=precision, seed=state.config.seed)
     windows = calibration_windows(state, tokens, train.train_context)
     return heal(dense, converted, windows, work, settings)
 
@@ -188,7 +198,7 @@ def tune_scales(state: Run, plan: Plan, healed: Path | None, trained: Path) -> d
     dense = load_dense(state.source, torch.float32, state.device)
     converted = load(start, device=state.device, dtype=torch.float32, verify=False)
     make_scales_trainable(converted)
-    facts = distil(state, dense, converted, train.tuning, train.tune_rate, trained)
+    facts = distil(state, "tuning", dense, converted, train.tuning, train.tune_rate, trained)
     save_trained(converted, trained, tuned_scales(converted))
     store.write_json(trained / "facts.json", facts)
     store.remove(start)

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qll import store
 from qll.config import to_json
-from qll.errors import ForeignRunError, TextError, UsageError
+from qll.errors import TextError, UsageError
 from qll.lens import load_sae, measure
 from qll.lens.hooks import width_at
 from qll.load import Source, Text, builtin_texts, encode, open_source, open_tokenizer, read_text
@@ -27,12 +27,12 @@ from qll.load.sae_names import hookpoint_of, site_of
 from qll.load.sae_write import write_saelens, write_sparsify
 from qll.model import load_dense
 from qll.pipeline import choose_device
-from qll.runfolder import environment
+from qll.runfolder import claim_folder, environment
 from qll.saetrain.coder import Coder, CoderShape
 from qll.saetrain.learner import Learner
 from qll.saetrain.settings import SAETrainConfig
 from qll.saetrain.stream import Stream
-from qll.saetrain.trainer import CHECKPOINT, METRICS, Trainer
+from qll.saetrain.trainer import CHECKPOINT, Trainer
 from qll.train import choose_precision, keep_freed_memory, prepare_training
 
 logger = logging.getLogger("qll.saejob")
@@ -222,34 +222,8 @@ def evaluated(
 
 def _claim(config: SAETrainConfig, source: Source) -> None:
     """Write run.json, or check that the one there is of the same settings and source."""
-    path, free = config.out / "run.json", ("out", "device")
-    settings = {key: value for key, value in to_json(config).items() if key not in free}
-    settings["fingerprint"] = source.fingerprint
-    if path.is_file():
-        before = store.read_json(path).get("settings")
-        if before != settings:
-            raise ForeignRunError(
-                "the folder belongs to another run",
-                where=config.out,
-                found=_first_difference(before, settings),
-                hint="choose another --out, or delete the folder to start over",
-            )
-        store.clean(config.out)
-        return
-    if any((config.out / name).exists() for name in (METRICS, CHECKPOINT, RESULT)):
-        raise ForeignRunError(
-            "the folder holds files of something else",
-            where=config.out,
-            hint="choose an --out that does not exist yet",
-        )
-    store.write_json(path, {"settings": settings, **environment()})
-
-
-def _first_difference(before: Any, now: dict[str, Any]) -> str:
-    if not isinstance(before, dict):
-        return "no settings in run.json"
-    differing = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    return ", ".join(f"{key}={before.get(key)} there, {now.get(key)} here" for key in differing)
+    settings = {key: item for key, item in to_json(config).items() if key not in ("out", "device")}
+    claim_folder(config.out, settings | {"fingerprint": source.fingerprint})
 
 
 def _warn_of_repeats(stream: Stream) -> None:

@@ -51,10 +51,10 @@ class GaugedSource:
 
 
 class GaugedMoments(MomentStore):
-    """The moments in `folder` as they would be of a model in `gauges`."""
+    """`moments` as they would be of a model in `gauges`."""
 
-    def __init__(self, folder: Path, gauges: Sequence[BlockGauge]) -> None:
-        super().__init__(folder)
+    def __init__(self, moments: MomentStore, gauges: Sequence[BlockGauge]) -> None:
+        super().__init__(moments.folder, moments.prior)
         self.gauges = tuple(gauges)
 
     def block(self, index: int) -> dict[str, LinearMoments]:
@@ -87,7 +87,7 @@ def disentangled(
         BlockGauge(**{freedom: tensors.get(f"{block}.{freedom}") for freedom in FREEDOMS})
         for block in range(source.config.num_hidden_layers)
     ]
-    there = None if moments is None else GaugedMoments(moments.folder, gauges)
+    there = None if moments is None else GaugedMoments(moments, gauges)
     return GaugedSource(source, gauges), there
 
 

@@ -60,22 +60,22 @@ def fit_scales(lines: Sequence[Sensitivity]) -> Scales:
         return Scales(0.0, {}, {}, {})
     kinds = sorted({line.kind for line in used})
     depths = sorted({(line.first, line.last) for line in used})
-    design = np.zeros((len(used), 1 + len(kinds) + len(depths) + len(used)))
+    ends = 1 + len(kinds), 1 + len(kinds) + len(depths)
+    design = np.zeros((len(used), ends[1] + len(used)))
     design[:, 0] = 1
     for row, line in enumerate(used):
         design[row, 1 + kinds.index(line.kind)] = 1
-        design[row, 1 + len(kinds) + depths.index((line.first, line.last))] = 1
-        design[row, 1 + len(kinds) + len(depths) + row] = 1
-    effects = len(kinds) + len(depths)
-    penalty = np.diag([0.0, *[PENALTY_EFFECT] * effects, *[PENALTY_REST] * len(used)])
+        design[row, ends[0] + depths.index((line.first, line.last))] = 1
+        design[row, ends[1] + row] = 1
+    penalty = np.diag([0.0, *[PENALTY_EFFECT] * (ends[1] - 1), *[PENALTY_REST] * len(used)])
     ratios = np.log([line.measured / line.predicted for line in used])
     found = np.linalg.solve(design.T @ design + penalty, design.T @ ratios).tolist()
-    rests = found[1 + effects :]
+    rests = zip(used, found[ends[1] :], strict=True)
     return Scales(
         found[0],
-        dict(zip(kinds, found[1:], strict=False)),
-        dict(zip(depths, found[1 + len(kinds) :], strict=False)),
-        {(u.kind, u.first, u.last): rest for u, rest in zip(used, rests, strict=True)},
+        dict(zip(kinds, found[1 : ends[0]], strict=True)),
+        dict(zip(depths, found[ends[0] : ends[1]], strict=True)),
+        {(line.kind, line.first, line.last): rest for line, rest in rests},
     )
 
 

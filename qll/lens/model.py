@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,14 +13,15 @@ from transformers import PreTrainedModel
 
 from qll.lens.spectra import look
 from qll.load import Source
-from qll.model import TNMember, fold_gain, gain_of
+from qll.model import TNEmbedding, TNLinear, TNMember, fold_gain, gain_of
 
 
 def model_look(source: Source, converted: PreTrainedModel) -> dict[str, Any]:
     """The entropy section of report.json: `per_matrix` entries and `spectra` for the plots.
 
-    Covers the linears of all blocks and the embedding (channel cut and three-site cuts). The
-    converted matrices are rebuilt from the cores that were read back from disk.
+    Covers the linears of all blocks and the embedding: the channel cut, and the cuts between the
+    sites of its MPO or between three balanced sites. The converted matrices are rebuilt from the
+    cores that were read back from disk.
     """
     modules = dict(converted.named_modules())
     names = [
@@ -34,10 +36,17 @@ def model_look(source: Source, converted: PreTrainedModel) -> dict[str, Any]:
         with torch.no_grad():
             after = _converted_weight(source, modules[name], name, folded)
         # the same object for a matrix left dense: nothing is computed twice
-        seen = look(name, dense, dense if torch.equal(dense, after) else after)
+        after = dense if torch.equal(dense, after) else after
+        seen = look(name, dense, after, modes=_modes(modules[name]))
         entropies += seen.entropies
         spectra.append(seen.spectrum)
     return {"per_matrix": entropies, "activations": [], "spectra": spectra}
+
+
+def _modes(module: nn.Module) -> Mapping[str, Sequence[int]] | None:
+    """The sites of an MPO, whose cuts are then its bonds; None: balanced sites."""
+    spec = module.spec if isinstance(module, TNLinear | TNEmbedding) else None
+    return spec.modes if spec is not None and spec.format == "mpo" else None
 
 
 def _dense_weight(source: Source, name: str, folded: bool) -> Tensor:

@@ -43,8 +43,10 @@ class HealSettings:
 
     tokens: int
     """Tokens to train on, over as many passes as that takes."""
-    rate: float = 1.5e-4
+    rate: float = 8e-5
     """Highest learning rate."""
+    name: str = "healing"
+    """What it is called in progress and warnings."""
     batch_tokens: int = 1024
     """Tokens per step, at least one window."""
     precision: torch.dtype = torch.float32
@@ -86,7 +88,7 @@ def heal(
     bar = tqdm(
         total=settings.tokens,
         initial=done * school.step_tokens,
-        desc="heal",
+        desc=settings.name,
         unit="token",
         unit_scale=True,
         file=sys.stderr,
@@ -106,11 +108,12 @@ def heal(
     bar.close()
     after = school.held_out_kl()
     if kept := after < before:
-        logger.info("healing: held-out KL %.4f -> %.4f nats per token", before, after)
+        logger.info("%s: held-out KL %.4f -> %.4f nats per token", settings.name, before, after)
     else:
         school.assign(start)
         logger.warning(
-            "healing made held-out windows worse (KL %.4f -> %.4f) and was undone", before, after
+            "%s made held-out windows worse (KL %.4f -> %.4f) and was undone",
+            *(settings.name, before, after),
         )
     return {
         "tokens": school.steps * school.step_tokens,

@@ -17,7 +17,7 @@ from qll.errors import NonFiniteError
 
 WARM_UP = 0.1  # share of the steps
 LAST_SHARE = 0.1  # learning rate at the end, of that at the top
-# batches are small: a short memory of squares makes steps of noise, 0.95 lost at every rate tried
+# batches are small, and a short memory of squares makes steps of their noise
 BETAS = (0.9, 0.99)
 CLIP_NORM = 1.0
 

@@ -83,7 +83,7 @@ def test_a_finished_folder_is_left_alone_and_a_foreign_one_refused(whole, tiny_c
     assert main(words(tiny_checkpoint, whole, *PLACES, "--tokens", "16384")) == 0
     assert "nothing to do" in capsys.readouterr().err
     assert main(words(tiny_checkpoint, whole, *PLACES, "--tokens", "4096")) == 2
-    assert "tokens=16384 there, 4096 here" in capsys.readouterr().err
+    assert "expected tokens=16384, found tokens=4096" in capsys.readouterr().err
     assert (whole / "layers.0" / "sae.safetensors").read_bytes() == before
 
 

@@ -114,6 +114,6 @@ def test_without_memory_healing_is_left_out_and_said_or_refused(
     assert main([*words, "--out", str(tmp_path / "out")]) == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert "heal" not in report["compression"]["training"]
-    assert [line for line in report["warnings"] if "healing was left out" in line]
+    assert [line for line in report["warnings"] if "--heal_tokens) was left out" in line]
     assert main([*words, "--heal_tokens", "1024", "--out", str(tmp_path / "asked")]) == 2
-    assert "too little memory to heal" in capsys.readouterr().err
+    assert "too little memory to distil" in capsys.readouterr().err

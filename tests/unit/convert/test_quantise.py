@@ -55,7 +55,7 @@ def make_plan(config) -> Plan:
     return Plan(tuple(entries), 0.8, "plain", 0)
 
 
-@pytest.fixture(scope="module", params=[3, 8])
+@pytest.fixture(scope="module", params=[3, 4, 8])
 def made(request, tiny_hf_folder, tmp_path_factory):
     """A packed folder of the tiny Llama with everything it came from."""
     base = tmp_path_factory.mktemp("packed")
@@ -162,7 +162,7 @@ def test_eight_bits_are_close_to_the_float_model(made, tmp_path):
     wanted, found = logits(load(tmp_path / "float")), logits(load(made.model))
     spread = (wanted - wanted.mean()).square().mean().sqrt()
     drift = (found - wanted).square().mean().sqrt() / spread
-    assert drift < {3: 0.9, 8: 0.03}[made.options.bits]
+    assert drift < {3: 0.9, 4: 0.45, 8: 0.03}[made.options.bits]
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
