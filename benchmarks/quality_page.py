@@ -57,6 +57,7 @@ LABELS = {
     "ours_best_int2": "**QLL, int2, `--effort best`**",
 }
 NOT_RUN = "not run"
+STAR = r"\*"  # at a cell with a note
 # rows of the README
 SUMMARY = (
     "ours_best",
@@ -82,6 +83,7 @@ def section(result: dict[str, Any]) -> str:
         "## Quality at equal parameters and at equal bytes",
         introduction(result, done),
         f"![Perplexity over dense against size]({PLOT})",
+        *notes(rows),
     ]
     for text in texts:
         parts += [f"### Equal parameters: {text}", keep_table(rows, text)]
@@ -105,8 +107,9 @@ def summary(result: dict[str, Any]) -> str:
     return (
         "Perplexity over the dense model's at equal stored parameters of the block linears, "
         f"after save and reload, {result['eval_tokens']:,} tokens of each text; calibrated on "
-        f"other halves of the first two, the third is unrelated (seeds, ranges, commands and more "
-        "methods are on the page below):\n\n" + table(head, lines)
+        "other halves of the first two, the third is unrelated. One or more seeds; ranges, "
+        f"commands, more methods and notes of rows with a {STAR} are on the page below.\n\n"
+        + table(head, lines)
     )
 
 
@@ -134,6 +137,12 @@ BYTES = """Bits per weight of the block linears, from the packed bytes with thei
 model is read from a GGUF file whose block linears are Q4_1 (5 bits): Q4_1 gives these weights back
 exactly, so its row says nothing, and no row above 5 bits is a saving on that file. The gguf package
 reads k- and i-quants but cannot write them, and 576 is no multiple of their 256."""
+
+
+def notes(rows: dict[str, Any]) -> list[str]:
+    """One paragraph on the rows that have a note."""
+    lines = [f"- `{name}`: {row['note']}" for name, row in rows.items() if "note" in row]
+    return [f"Notes of rows with a {STAR}:\n\n" + "\n".join(lines)] if lines else []
 
 
 def keep_table(rows: dict[str, Any], text: str) -> str:
@@ -231,6 +240,7 @@ def averaged(rows: dict[str, Any], method: str, keep: float, text: str) -> str:
     shown = ratio(sum(ratios) / len(ratios))
     if len(ratios) > 1:
         shown += f" ({ratio(min(ratios))} to {ratio(max(ratios))})"
+    shown += STAR * any("note" in row for row in seeds_of(rows, method, keep))
     return shown if len(ratios) == wanted else f"{shown}, {len(ratios)} of {wanted} seeds"
 
 

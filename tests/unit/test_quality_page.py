@@ -163,3 +163,12 @@ def test_the_result_file_records_what_it_depends_on():
             assert found["sha256"] == result["eval"][text]
             assert found["ratio"] == pytest.approx(found["ppl"] / found["ppl_dense"])
     assert (results_page.PAGE.parent / quality_page.PLOT).exists()
+
+
+def test_a_row_with_a_note_is_starred_and_its_note_is_shown(result):
+    result["rows"]["ours_best/keep0.8/seed0"]["note"] = "made with other defaults"
+    page = quality_page.section(result)
+    assert r"1.200\*, 1 of 3 seeds" in page
+    assert "- `ours_best/keep0.8/seed0`: made with other defaults" in page
+    assert page.count("\n- `") == 1
+    assert r"| 1.200\* |" in quality_page.summary(result)
