@@ -173,7 +173,7 @@ def shapes(config: SAETrainConfig, model: PreTrainedModel) -> list[CoderShape]:
         learning = config.learning
         shape = CoderShape(
             *(name, config.kind, width, width, config.expansion * width, config.k),
-            *(learning.skip, learning.l0_weight, learning.bandwidth),
+            *(learning.skip, learning.jumprelu.l0_weight, learning.jumprelu.bandwidth),
         )
         _require_fit(shape, model)
         found.append(shape)

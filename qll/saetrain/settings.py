@@ -14,6 +14,21 @@ MOST_DEAD_AFTER = 10_000_000  # tokens; the habit of long runs
 
 
 @dataclass(frozen=True)
+class JumpReLUOptions:
+    """What only --kind jumprelu has."""
+
+    l0_weight: float = 1.0
+    """Weight of (L0 / k - 1)^2 in the loss."""
+    bandwidth: float = 0.05
+    """Width of the window around a threshold in which it learns, in units of the activations' root
+    mean square distance from their centre."""
+
+    def __post_init__(self) -> None:
+        _require("--l0_weight", 0 <= self.l0_weight < float("inf"), "at least 0", self)
+        _require("--bandwidth", 0 < self.bandwidth < float("inf"), "above 0", self)
+
+
+@dataclass(frozen=True)
 class LearningOptions:
     """How an autoencoder learns; the defaults suit a few million tokens."""
 
@@ -25,6 +40,9 @@ class LearningOptions:
     """Tokens per window of text."""
     buffer_tokens: int = 65536
     """Tokens whose activations are held in memory and shuffled; less where they would not fit."""
+    passes: int = 4
+    """Times that all activations in memory are learned from; on a CPU most of the time goes into
+    making them."""
     center: Literal["geometric_median", "mean"] = "geometric_median"
     """What b_dec starts as, of the activations of the first buffer."""
     auxk: float = 1 / 32
@@ -34,22 +52,18 @@ class LearningOptions:
     default: an eighth of --tokens, at most 10,000,000."""
     skip: bool = False
     """Give a transcoder a linear path from input to output beside its features."""
-    l0_weight: float = 1.0
-    """Weight of (L0 / k - 1)^2 in the loss of jumprelu."""
-    bandwidth: float = 0.05
-    """Width of the window around a threshold in which jumprelu learns, in units of the activations'
-    root mean square distance from their centre."""
     eval_tokens: int = 16384
     """Held-out tokens to measure FVU, L0, dead features and CE score on; 0 does not measure."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of the saved weights."""
+    jumprelu: JumpReLUOptions = field(default_factory=JumpReLUOptions)
 
     def __post_init__(self) -> None:
-        for name, least in (("batch_tokens", 1), ("context", 2), ("buffer_tokens", 1)):
-            _require(f"--{name}", getattr(self, name) >= least, f"at least {least}", self)
-        for name in ("rate", "bandwidth"):
-            _require(f"--{name}", 0 < getattr(self, name) < float("inf"), "above 0", self)
-        for name in ("auxk", "l0_weight", "eval_tokens"):
+        least = {"batch_tokens": 1, "context": 2, "buffer_tokens": 1, "passes": 1}
+        for name, number in least.items():
+            _require(f"--{name}", getattr(self, name) >= number, f"at least {number}", self)
+        _require("--rate", 0 < self.rate < float("inf"), "above 0", self)
+        for name in ("auxk", "eval_tokens"):
             _require(f"--{name}", 0 <= getattr(self, name) < float("inf"), "at least 0", self)
         if self.dead_after is not None:
             _require("--dead_after", self.dead_after >= 1, "at least 1", self)

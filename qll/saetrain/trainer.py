@@ -65,26 +65,29 @@ class Trainer:
             self.save()
 
     def learn(self, buffer: Buffer) -> None:
-        """Use up one buffer: shuffled, in steps of about the batch size."""
-        first, generator = self.learners[0], torch.Generator()
+        """Use up one buffer: shuffled anew for each pass, in steps of about the batch size."""
+        generator = torch.Generator()
         generator.manual_seed(self.seed * 1_000_003 + buffer.number)
-        batches = -(-len(buffer) // first.options.batch_tokens)
-        order = torch.randperm(len(buffer), generator=generator)
+        if not self.read:
+            self._start(buffer, generator)
+        options = self.learners[0].options
+        batches = -(-len(buffer) // options.batch_tokens)
+        shuffles = [torch.randperm(len(buffer), generator=generator) for _ in range(options.passes)]
+        parts = [places for order in shuffles for places in order.tensor_split(batches)]
         share = (buffer.read - self.read) / self.tokens
-        for number, places in enumerate(order.tensor_split(batches)):
-            done = self.read / self.tokens + share * number / batches
+        for number, places in enumerate(parts):
+            done = self.read / self.tokens + share * number / len(parts)
             for learner in self.learners:
-                reads, writes = learner.shape.reads, learner.shape.hookpoint
-                y = buffer.values[writes][places.to(buffer.values[writes].device)]
-                x = y if reads == writes else buffer.values[reads][places.to(y.device)]
-                if not self.read and not number:
-                    few = order[:START_TOKENS].to(y.device)
-                    learner.start(buffer.values[reads][few], buffer.values[writes][few])
-                learner.step(x, y, done)
+                learner.step(*_activations(learner, buffer, places), done)
         if buffer.read <= REVIVE_UNTIL * self.tokens:
             for learner in self.learners:
                 learner.revive(generator)
         self.buffers_done, self.read = buffer.number + 1, buffer.read
+
+    def _start(self, buffer: Buffer, generator: torch.Generator) -> None:
+        few = torch.randperm(len(buffer), generator=generator)[:START_TOKENS]
+        for learner in self.learners:
+            learner.start(*_activations(learner, buffer, few))
 
     def save(self) -> None:
         """Write a checkpoint atomically."""
@@ -136,6 +139,13 @@ class Trainer:
             )
         bar.update(tokens)
         bar.set_postfix_str(", ".join(words))
+
+
+def _activations(learner: Learner, buffer: Buffer, places: Tensor) -> tuple[Tensor, Tensor]:
+    """What `learner` reads and what it has to write on the tokens `places`."""
+    reads, writes = learner.shape.reads, learner.shape.hookpoint
+    y = buffer.values[writes][places.to(buffer.values[writes].device)]
+    return (y if reads == writes else buffer.values[reads][places.to(y.device)]), y
 
 
 def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
