@@ -79,7 +79,7 @@ def train_with(who: str, x: Tensor, folder: Path, settings: dict[str, Any]) -> N
     d_in, expansion, k = (settings[key] for key in ("d_in", "expansion", "k"))
     if who == "qll":
         keep_freed_memory()
-        options = LearningOptions(batch_tokens=settings["batch_tokens"])
+        options = LearningOptions(batch_tokens=settings["batch_tokens"], passes=1)
         shape = CoderShape(PLACE, "topk", d_in, d_in, expansion * d_in, k)
         precision = choose_precision("auto", x.device)
         learner = Learner(Coder(shape, 0), options, len(x) // 8, precision)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,10 +23,11 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from qll.lens.attach import attach
-from qll.lens.hooks import capture, hooked
+from qll.lens.hooks import capture, hooked, states_from
 from qll.lens.intervals import bootstrap
 from qll.lens.sae import SAE
 from qll.lens.tokens import ORDINARY, token_kinds
+from qll.load.sae_names import hookpoint_of, site_of
 
 # Bytes of float32 logits held at a time, per model state
 LOGIT_BYTES = 64 << 20
@@ -46,27 +48,34 @@ def downstream(
     """Raw cross-entropies, KL divergences and both scores of `sae` in `model`, for both variants.
 
     Each window is a document of the bootstrap. hookpoint: where to put it, if not where the
-    autoencoder says. Five forward passes over the windows; logits exist a few tokens at a time.
+    autoencoder says. Five passes over the windows, of which only the first runs the blocks before
+    that place; logits exist a few tokens at a time.
     """
     place = hookpoint or sae.spec.writes
+    block = site_of(place).block or 0
+    stream = hookpoint_of(f"layers.{block}.input")
     rows: dict[str, list[Tensor]] = {name: [] for name in VARIANTS}
     for window in tqdm(windows, f"CE at {place}", unit="window", file=sys.stderr, disable=None):
         ids = window[None].to(model.device)
-        x = capture(model, ids, [place])[place][0]
-        ordinary = (token_kinds(window, x, special) == ORDINARY)[None]
-        clean = _states(model, ids)
+        seen = capture(model, ids, list(dict.fromkeys([stream, place])))
+        ordinary = (token_kinds(window, seen[place][0], special) == ORDINARY)[None]
+        states = partial(_states, model, ids, block, seen[stream])
+        clean = states()
         for name in VARIANTS:
             positions = ordinary if name == "ordinary" else torch.ones_like(ordinary)
             with attach(model, {place: sae}, mode="replace", positions=positions):
-                patched = _states(model, ids)
+                patched = states()
             with hooked(model, [(place, _zeros(positions))]):
-                zeroed = _states(model, ids)
+                zeroed = states()
             rows[name].append(_sums(model, [clean, patched, zeroed], window))
     return {name: _scores(torch.stack(found)) for name, found in rows.items()}
 
 
-def _states(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    return model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+def _states(model: PreTrainedModel, ids: Tensor, block: int, stream: Tensor) -> Tensor:
+    # the embedding is no block: what hangs on it needs its ids
+    if block == 0:
+        return model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+    return states_from(model, block, stream)[0]
 
 
 def _zeros(positions: Bool[Tensor, "batch seq"]) -> Any:

@@ -77,6 +77,31 @@ def capture(
     return {name: seen[name] for name in hookpoints}
 
 
+@torch.no_grad()
+def states_from(
+    model: PreTrainedModel, block: int, stream: Float[Tensor, "batch seq d_model"]
+) -> Float[Tensor, "batch seq d_model"]:
+    """What the output matrix reads, computed from the residual stream that block `block` reads.
+
+    The blocks before it are not run; hooks on the others work. Same numbers as the whole model's.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> config = LlamaConfig(vocab_size=10, hidden_size=8, intermediate_size=8, num_hidden_layers=2,
+    ...                      num_attention_heads=2)
+    >>> model, ids = LlamaForCausalLM(config).eval(), torch.tensor([[1, 2, 3]])
+    >>> stream = capture(model, ids, ["layers.0"])["layers.0"]
+    >>> bool((states_from(model, 1, stream) == model.model(ids).last_hidden_state).all())
+    True
+    """
+    base = model.base_model
+    layers, count = base.layers, model.config.num_hidden_layers
+    base.layers, model.config.num_hidden_layers = layers[block:], count - block
+    try:
+        return base(inputs_embeds=stream, use_cache=False).last_hidden_state
+    finally:
+        base.layers, model.config.num_hidden_layers = layers, count
+
+
 def module_at(model: PreTrainedModel, hookpoint: str) -> nn.Module:
     """The module of a hookpoint; raises UsageError when the model has no such place."""
     site = site_of(hookpoint)
