@@ -29,7 +29,8 @@ class MainConfig:
     llama_dir: Path | None = None
     """Folder or .gguf file of a Llama checkpoint; default: the embedded SmolLM2-135M-Instruct."""
     sae_dir: Path | None = None
-    """Folder of sparse autoencoders (sparsify, SAELens or Llama Scope) to compare features with."""
+    """Folder of sparse autoencoders (sparsify, SAELens or Llama Scope) to compare features with;
+    `embedded`: those of the embedded model that come with the package."""
     sae_layers: str = ""
     """Blocks whose autoencoders to use, for instance 0,1,2; default: all that the folder has."""
     moments: Path | None = None
@@ -124,7 +125,7 @@ class GenerateConfig:
     device: Device = "auto"
     """Where to run."""
     sae_dir: Path | None = None
-    """Folder of the sparse autoencoders that --steer names features of."""
+    """Folder of the sparse autoencoders that --steer names features of, or `embedded`."""
     steer: str = ""
     """Features to push, as block:feature:amount, for instance 7:1234:+8,9:55:-3."""
 
@@ -179,7 +180,7 @@ class LensConfig:
     model: Path
     """Folder of a finished run, or of a converted checkpoint."""
     sae_dir: Path
-    """Folder of sparse autoencoders (sparsify, SAELens or Llama Scope)."""
+    """Folder of sparse autoencoders (sparsify, SAELens or Llama Scope), or `embedded`."""
     hookpoints: tuple[str, ...] = ()
     """Blocks (9 is their residual stream) or places (layers.9.mlp); default: all of the folder."""
     llama_dir: Path | None = None

@@ -29,6 +29,9 @@ from qll.load.sae_names import LEGACY, hookpoint_of
 # repository/layer/width/sparsity is the deepest layout that is published
 MAX_DEPTH = 4
 MAX_FOLDERS = 4096
+# what --sae_dir calls the autoencoders that come with the package, of the model that comes with it
+EMBEDDED = "embedded"
+EMBEDDED_FOLDER = Path(__file__).parents[1] / "saes" / "smollm2-135m"
 SEED = re.compile(r"seed\d+")
 # files that make a folder an autoencoder -> its format
 MARKS = {
@@ -55,9 +58,10 @@ class FoundSAE:
 def find_saes(folder: str | Path) -> dict[str, FoundSAE]:
     """Every autoencoder in `folder` and below it, by its path relative to `folder`.
 
-    Reads only small JSON files. Raises MissingFileError when there is no such folder.
+    The word `embedded` is the folder that comes with the package. Reads only small JSON files.
+    Raises MissingFileError when there is no such folder.
     """
-    folder = Path(folder).expanduser()
+    folder = EMBEDDED_FOLDER if str(folder) == EMBEDDED else Path(folder).expanduser()
     if not folder.is_dir():
         raise MissingFileError(
             "there is no such folder of autoencoders", where=folder, hint="check the path"
