@@ -74,7 +74,7 @@ def greedy(
     for _ in range(new_tokens):
         result = model(
             input_ids=ids[-1],
-            past_key_values=result.past_key_values,
+            cache=result.cache,
             use_cache=True,
             logits_to_keep=1,
         )

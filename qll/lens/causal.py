@@ -122,7 +122,7 @@ def _changes(
     for number, place in enumerate(chosen.tolist()):
         if place > start:  # the tokens before, as they are
             model.base_model(
-                input_ids=ids[None, start:place], past_key_values=cache, use_cache=True
+                input_ids=ids[None, start:place], cache=cache, use_cache=True
             )
         one = codes[number : number + 1]
         _, features, values = one.entries()
@@ -152,7 +152,7 @@ def _logits(
 
     with hooked(model, [(hookpoint, take)]):
         states = model.base_model(
-            input_ids=token.expand(len(minus), 1), past_key_values=own, use_cache=True
+            input_ids=token.expand(len(minus), 1), cache=own, use_cache=True
         ).last_hidden_state
     return model.lm_head(states[:, -1]).float()
 

@@ -65,9 +65,9 @@ def test_flops_of_a_decoding_step_equal_torchs_counter(tiny_llama):
     model = copy.deepcopy(tiny_llama)
     model.set_attn_implementation("eager")
     with torch.no_grad():
-        cache = model(torch.arange(9)[None], use_cache=True).past_key_values
+        cache = model(torch.arange(9)[None], use_cache=True).cache
         with FlopCounterMode(display=False) as counter:
-            model(torch.tensor([[9]]), past_key_values=cache, use_cache=True)
+            model(torch.tensor([[9]]), cache=cache, use_cache=True)
     assert forward_flops(model, 1, 10) == counter.get_total_flops()
 
 

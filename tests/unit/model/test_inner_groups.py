@@ -68,7 +68,7 @@ def test_full_rank_gives_the_dense_logits(gauge, tmp_path, ids):
     # a cache of keys and values sees the same
     with torch.no_grad():
         first = model(ids[:, :-1], use_cache=True)
-        last = model(ids[:, -1:], past_key_values=first.past_key_values).logits
+        last = model(ids[:, -1:], cache=first.cache).logits
     torch.testing.assert_close(last, logits(dense, ids)[:, -1:], atol=1e-5, rtol=1e-5)
 
 
