@@ -22,6 +22,7 @@ ROOMS = (
     "load",
     "tn",
     "model",
+    "runtime",
     "calibrate",
     "train",
     "convert",
