@@ -96,13 +96,15 @@ class Contracted:
     shape: tuple[int, int]
     flops: int
     """FLOPs for one token."""
+    num_bytes: int
+    """Bytes that are read, however many tokens."""
     rows: Int[Tensor, " out"] | None = None
     columns: Int[Tensor, " into"] | None = None
     """x arrives with these columns of the original order."""
 
     def permuted(self, rows: Tensor | None, columns: Tensor | None) -> Contracted:
         """W[rows][:, columns]."""
-        return Contracted(self.apply, self.shape, self.flops, rows, columns)
+        return Contracted(self.apply, self.shape, self.flops, self.num_bytes, rows, columns)
 
     def __call__(self, x: Float[Tensor, "tokens into"]) -> Float[Tensor, "tokens out"]:
         """W x for every row of x."""

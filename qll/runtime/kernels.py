@@ -35,6 +35,8 @@ class Plain(nn.Module):
     def __init__(self, matrix: Float[Tensor, "out into"]) -> None:
         super().__init__()
         self.register_buffer("weight", matrix.contiguous())
+        self.numbers = matrix.numel()
+        self.num_bytes = self.numbers * matrix.element_size()
 
     def forward(self, x: Float[Tensor, "tokens into"]) -> Float[Tensor, "tokens out"]:
         """x W^T."""
@@ -55,6 +57,8 @@ class Packed(nn.Module):
 
     def __init__(self, matrix: Float[Tensor, "out into"]) -> None:
         super().__init__()
+        self.numbers = matrix.numel()
+        self.num_bytes = self.numbers * matrix.element_size()
         self._weight = torch.ops.mkldnn._reorder_linear_weight(matrix.contiguous(), 1)
 
     def forward(self, x: Float[Tensor, "tokens into"]) -> Float[Tensor, "tokens out"]:
@@ -80,6 +84,9 @@ class Int4(nn.Module):
         spread = scales.to(torch.bfloat16).mT
         zeros = torch.zeros_like(spread)
         self.register_buffer("scales", torch.stack([spread, zeros], -1).contiguous())
+        self.numbers = shape[0] * shape[1]
+        # of a scale and a zero one is needed
+        self.num_bytes = self.numbers // 2 + scales.numel() * scales.element_size()
 
     def forward(self, x: Float[Tensor, "tokens into"]) -> Float[Tensor, "tokens out"]:
         """x W^T."""

@@ -90,7 +90,7 @@ class _Rest(nn.Module):
         return pieces if self.order is None else [arranged(pieces, self.order)]
 
 
-class _Network(nn.Module):
+class Network(nn.Module):
     """A contraction of its own on x."""
 
     def __init__(self, form: Contracted) -> None:
@@ -193,4 +193,4 @@ def _tail(form: Form | nn.Module, make: type[nn.Module]) -> nn.Module:
         return _Left(make(form.left))
     if isinstance(form, Pivoted):
         return _Rest(make(form.rest) if form.rest.numel() else None, form.order)
-    return _Kernel(form) if isinstance(form, nn.Module) else _Network(form)
+    return _Kernel(form) if isinstance(form, nn.Module) else Network(form)

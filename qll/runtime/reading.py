@@ -30,6 +30,7 @@ from qll.runtime.forms import (
 from qll.tn import JOINTS, JointChannels, JointNetwork, JointQueryKey, JointTree, JointValueOutput
 from qll.tn.gauge import row_order, write
 from qll.tn.lowrank import LowRank
+from qll.tn.network import MatrixNetwork
 
 Candidates = list[Form]
 
@@ -89,7 +90,8 @@ def read_matrix(module: nn.Module) -> Candidates:
     network = module.network()
     if isinstance(network, LowRank):
         return forms_of(network)
-    own = Contracted(network.apply, tuple(network.spec.shape), network.flops(1))
+    shape, size = tuple(network.spec.shape), _bytes(network)
+    own = Contracted(network.apply, shape, network.flops(1), size)
     return [own, Whole(matrix_of(network))]
 
 
@@ -126,7 +128,7 @@ def _sharing(network: JointNetwork, readers: int) -> Candidates:
         shared = network.project(x)
         return torch.cat([network.apply(x, member, shared) for member in range(readers)], -1)
 
-    return [Contracted(apply, whole.shape, network.flops(1)), whole]
+    return [Contracted(apply, whole.shape, network.flops(1), _bytes(network)), whole]
 
 
 def _is_star(network: JointTree) -> bool:
@@ -148,8 +150,13 @@ def _member(module: TNMember) -> Candidates:
         full = matrix_of(network, 0).unflatten(0, (network.spec.modes["heads"][1], -1))
         return [Whole(full[:, : network.spec.ranks[0]].flatten(0, 1))]
     shape = network.applied_shape(member)
-    own = Contracted(lambda x: network.apply(x, member), shape, network.flops(1))
+    size = _bytes(network)
+    own = Contracted(lambda x: network.apply(x, member), shape, network.flops(1), size)
     return [own, Whole(matrix_of(network, member))]
+
+
+def _bytes(network: JointNetwork | MatrixNetwork) -> int:
+    return sum(core.numel() * core.element_size() for core in network.cores)
 
 
 def _joint(module: nn.Module, kind: type) -> JointNetwork | None:

@@ -36,6 +36,8 @@ ROOMS = (
     "runsaes",
     "runplan",
     "pipeline",
+    "rungenerate",
+    "runbench",
     "saejob",
     "api",
     "cli",
