@@ -17,6 +17,8 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from qll.model.dense import CACHE_ARGUMENT
+
 
 @torch.inference_mode()
 def decode_tokens_per_second(
@@ -74,9 +76,9 @@ def greedy(
     for _ in range(new_tokens):
         result = model(
             input_ids=ids[-1],
-            past_key_values=result.past_key_values,
             use_cache=True,
             logits_to_keep=1,
+            **{CACHE_ARGUMENT: result.past_key_values},
         )
         ids.append(result.logits[:, -1:].argmax(-1))
     return torch.cat(ids, dim=1), _now(model.device) - start

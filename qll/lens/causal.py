@@ -27,6 +27,7 @@ from qll.lens.hooks import capture, hooked
 from qll.lens.sae import SAE
 from qll.lens.survival import BLURRED, KEPT
 from qll.lens.tokens import ORDINARY, token_kinds
+from qll.model.dense import CACHE_ARGUMENT
 
 # tokens of each window whose features are taken away
 TOKENS_PER_WINDOW = 4
@@ -122,7 +123,7 @@ def _changes(
     for number, place in enumerate(chosen.tolist()):
         if place > start:  # the tokens before, as they are
             model.base_model(
-                input_ids=ids[None, start:place], past_key_values=cache, use_cache=True
+                input_ids=ids[None, start:place], use_cache=True, **{CACHE_ARGUMENT: cache}
             )
         one = codes[number : number + 1]
         _, features, values = one.entries()
@@ -152,7 +153,7 @@ def _logits(
 
     with hooked(model, [(hookpoint, take)]):
         states = model.base_model(
-            input_ids=token.expand(len(minus), 1), past_key_values=own, use_cache=True
+            input_ids=token.expand(len(minus), 1), use_cache=True, **{CACHE_ARGUMENT: own}
         ).last_hidden_state
     return model.lm_head(states[:, -1]).float()
 

@@ -8,6 +8,7 @@ on the meta device, so memory holds one copy of the weights and nothing else.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping
 
 import torch
@@ -18,6 +19,10 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from qll.errors import MissingTensorError, ShapeError
 from qll.load import Source
+
+# transformers 5.24 renamed the argument that takes the keys and values of earlier tokens
+_TAKEN = inspect.signature(LlamaForCausalLM.forward).parameters
+CACHE_ARGUMENT = "cache" if "cache" in _TAKEN else "past_key_values"
 
 
 def load_dense(

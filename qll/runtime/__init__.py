@@ -4,6 +4,7 @@ In: a model of transformers or of `qll.model`. Out: a `Runtime` with a static ke
 runs every matrix in the form that is cheapest on the device at hand. Read llama.py first.
 """
 
+from qll.runtime.accelerate import accelerate
 from qll.runtime.cache import Cache
 from qll.runtime.costs import DeviceCosts, Line, best_of, device_costs
 from qll.runtime.llama import Runtime
@@ -19,6 +20,7 @@ __all__ = [
     "Line",
     "Runtime",
     "Sampling",
+    "accelerate",
     "best_length",
     "best_of",
     "decoder",

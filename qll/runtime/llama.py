@@ -83,7 +83,7 @@ class Runtime(nn.Module):
                 blocks.append(_block(layer, config, costs, choice, compute))
                 if consume:
                     model.model.layers[index] = nn.Identity()
-            head = _site([read_matrix(model.lm_head)], costs, choice)
+            head = make_site([read_matrix(model.lm_head)], costs, choice)
         gain = weight.detach().to(compute)
         turns = _turns(model)
         embedding = model.model.embed_tokens
@@ -174,7 +174,7 @@ def _block(
         "gate_up": forms.gate_up,
         "down": [forms.down],
     }
-    sites = {name: _site(candidates, costs, choice) for name, candidates in wanted.items()}
+    sites = {name: make_site(candidates, costs, choice) for name, candidates in wanted.items()}
     norms = (layer.input_layernorm.weight, layer.post_attention_layernorm.weight)
     return Block(
         tuple(gain.detach().to(compute) for gain in norms),
@@ -186,7 +186,8 @@ def _block(
     )
 
 
-def _site(candidates: list[Candidates], costs: DeviceCosts, choice: Choice) -> Site:
+def make_site(candidates: list[Candidates], costs: DeviceCosts, choice: Choice) -> Site:
+    """The candidates that `choice` keeps, as modules."""
     combinations, few = choice(candidates, costs)
     return Site([Program(forms, costs.kernel) for forms in combinations], few)
 

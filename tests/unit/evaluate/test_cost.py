@@ -22,6 +22,7 @@ from qll.evaluate import (
 )
 from qll.evaluate.speed import greedy
 from qll.model import TNEmbedding, TNLinear, TNTiedHead
+from qll.model.dense import CACHE_ARGUMENT
 from qll.tn import NETWORKS, NetworkSpec
 from tests.conftest import make_tiny_llama
 
@@ -67,7 +68,7 @@ def test_flops_of_a_decoding_step_equal_torchs_counter(tiny_llama):
     with torch.no_grad():
         cache = model(torch.arange(9)[None], use_cache=True).past_key_values
         with FlopCounterMode(display=False) as counter:
-            model(torch.tensor([[9]]), past_key_values=cache, use_cache=True)
+            model(torch.tensor([[9]]), use_cache=True, **{CACHE_ARGUMENT: cache})
     assert forward_flops(model, 1, 10) == counter.get_total_flops()
 
 

@@ -8,6 +8,7 @@ from transformers import LlamaForCausalLM
 
 from qll.evaluate import cost
 from qll.model import export_dense, load
+from qll.model.dense import CACHE_ARGUMENT
 from qll.tn import JOINTS, tensor_shapes
 from qll.tn.network import NetworkSpec
 from tests.conftest import make_tiny_llama
@@ -68,7 +69,7 @@ def test_full_rank_gives_the_dense_logits(gauge, tmp_path, ids):
     # a cache of keys and values sees the same
     with torch.no_grad():
         first = model(ids[:, :-1], use_cache=True)
-        last = model(ids[:, -1:], past_key_values=first.past_key_values).logits
+        last = model(ids[:, -1:], **{CACHE_ARGUMENT: first.past_key_values}).logits
     torch.testing.assert_close(last, logits(dense, ids)[:, -1:], atol=1e-5, rtol=1e-5)
 
 
