@@ -21,9 +21,10 @@ SEED = 0
 
 
 def decode_runs(
-    runtimes: dict[str, Runtime], batch: int, steps: int = DECODED
+    runtimes: dict[str, Runtime], batch: int, steps: int | None = None
 ) -> dict[str, Callable[[], None]]:
-    """Per runtime a function that decodes `steps` tokens behind a prompt."""
+    """Per runtime a function that decodes `steps` tokens (None: DECODED) behind a prompt."""
+    steps = DECODED if steps is None else steps
     runs = {}
     for name, runtime in runtimes.items():
         cache = runtime.cache(batch, PROMPT + steps)
@@ -40,8 +41,9 @@ def decode_runs(
     return runs
 
 
-def prefill_runs(runtimes: dict[str, Runtime], length: int = PREFILL) -> dict[str, Any]:
-    """Per runtime a function that reads a prompt."""
+def prefill_runs(runtimes: dict[str, Runtime], length: int | None = None) -> dict[str, Any]:
+    """Per runtime a function that reads a prompt; length None: PREFILL tokens."""
+    length = PREFILL if length is None else length
     runs = {}
     for name, runtime in runtimes.items():
         cache = runtime.cache(1, length)

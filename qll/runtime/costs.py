@@ -38,7 +38,7 @@ SMALL, TALL, WIDE = (32, 64), (2048, 768), (1024, 1536)
 # Weights that are read one after another: more than the last cache of most machines.
 COLD_BYTES = 96 << 20
 REPEATS = 5
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """How one matrix times tokens is computed: torch's own products, in the form measured fastest here.
 
     plain    x @ W^T in the dtype of W
-    packed   bfloat16 in oneDNN's blocked layout: CPUs read a plain one at half their bandwidth
+    packed   W in oneDNN's blocked layout: CPUs read a plain one well below their bandwidth
     int4     torch's kernel for 4-bit codes with a scale per group, activations in bfloat16
 
 A kernel takes x [tokens, into] and gives [tokens, out] in the dtype of x. Only `plain` exists on
@@ -48,7 +48,7 @@ class Plain(nn.Module):
 
 
 class Packed(nn.Module):
-    """x @ W^T in bfloat16 with W reordered once for oneDNN.
+    """x @ W^T in the dtype of W (float32 or bfloat16), W reordered once for oneDNN.
 
     The reordered tensor is opaque to torch, so it is no buffer: `.to()` leaves it where it is.
     """
@@ -59,14 +59,13 @@ class Packed(nn.Module):
         super().__init__()
         self.numbers = matrix.numel()
         self.num_bytes = self.numbers * matrix.element_size()
+        self.dtype = matrix.dtype
         self._weight = torch.ops.mkldnn._reorder_linear_weight(matrix.contiguous(), 1)
 
     def forward(self, x: Float[Tensor, "tokens into"]) -> Float[Tensor, "tokens out"]:
-        """x W^T, rounded to bfloat16 once, at the end."""
-        low = x.to(torch.bfloat16)
-        return torch.ops.mkldnn._linear_pointwise(low, self._weight, None, "none", [], "").to(
-            x.dtype
-        )
+        """x W^T, rounded once, at the end."""
+        product = torch.ops.mkldnn._linear_pointwise
+        return product(x.to(self.dtype), self._weight, None, "none", [], "").to(x.dtype)
 
 
 class Int4(nn.Module):
@@ -101,11 +100,11 @@ KERNELS: dict[str, Callable[[Tensor], nn.Module]] = {"plain": Plain, "packed": P
 def available(dtype: torch.dtype, device: torch.device) -> list[str]:
     """Kernels that hold a matrix of `dtype` exactly and work on `device`.
 
-    >>> available(torch.float32, torch.device("cpu"))
+    >>> available(torch.float16, torch.device("cpu"))
     ['plain']
     """
     names = ["plain"]
-    if dtype == torch.bfloat16 and device.type == "cpu" and _works(_try_packed):
+    if dtype in (torch.float32, torch.bfloat16) and device.type == "cpu" and _works(_try_packed):
         names.append("packed")
     return names
 
