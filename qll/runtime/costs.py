@@ -76,9 +76,13 @@ class DeviceCosts:
         """The kernel that reads weights fastest for one token."""
         return min(self.products, key=lambda name: self.products[name][0].at(TALL[0] * TALL[1]))
 
+    def kernel_for(self, out: int, into: int) -> str:
+        """The kernel that multiplies one token with a matrix of this shape fastest."""
+        return min(self.products, key=lambda name: self.products[name][0].at(out * into))
+
     def product(self, tokens: int, out: int, into: int) -> float:
-        """Seconds of [tokens, into] times [into, out]."""
-        return self._at(self.products[self.kernel], tokens, out * into)
+        """Seconds of [tokens, into] times [into, out] by `kernel_for` this shape."""
+        return self._at(self.products[self.kernel_for(out, into)], tokens, out * into)
 
     def join(self, tokens: int, numbers: int) -> float:
         """Seconds to put pieces of `numbers` values a token side by side."""

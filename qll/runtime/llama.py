@@ -189,7 +189,7 @@ def _block(
 def make_site(candidates: list[Candidates], costs: DeviceCosts, choice: Choice) -> Site:
     """The candidates that `choice` keeps, as modules."""
     combinations, few = choice(candidates, costs)
-    return Site([Program(forms, costs.kernel) for forms in combinations], few)
+    return Site([Program(forms, costs.kernel_for) for forms in combinations], few)
 
 
 def _compute_dtype(weight: Tensor) -> torch.dtype:

@@ -12,7 +12,7 @@ cheapest for few and for many tokens.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -29,13 +29,20 @@ WORTH = 0.03
 class Program(nn.Module):
     """One choice of forms for the matrices of a site; gives their outputs one behind another."""
 
-    def __init__(self, forms: Sequence[Form | nn.Module], kernel: str) -> None:
+    def __init__(
+        self, forms: Sequence[Form | nn.Module], kernel: str | Callable[[int, int], str]
+    ) -> None:
+        """kernel: the name of one for all products, or a function of (out, in) that gives it."""
         super().__init__()
         self.outs = tuple(_out(form) for form in forms)
         heads = [_head(form) for form in forms]
         self.widths = tuple(0 if head is None else head.shape[0] for head in heads)
         stacked = [head for head in heads if head is not None]
-        make = KERNELS[kernel]
+
+        def make(matrix: Tensor) -> nn.Module:
+            name = kernel if isinstance(kernel, str) else kernel(*matrix.shape)
+            return KERNELS[name](matrix)
+
         self.first = make(_stacked(stacked)) if stacked else None
         self.tails = nn.ModuleList(_tail(form, make) for form in forms)
         self.simple = all(isinstance(form, Whole) for form in forms)
@@ -186,7 +193,7 @@ def _head(form: Form | nn.Module) -> Tensor | None:
     return form.right if isinstance(form, Factors | Pivoted) else None
 
 
-def _tail(form: Form | nn.Module, make: type[nn.Module]) -> nn.Module:
+def _tail(form: Form | nn.Module, make: Callable[[Tensor], nn.Module]) -> nn.Module:
     if isinstance(form, Whole):
         return _Same()
     if isinstance(form, Factors):
