@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test lint docs saes bench-main_job bench-quality bench-sae clean
+.PHONY: install demo test lint docs saes bench-main_job bench-quality bench-sae bench-speed clean
 
 install: $(VENV)/.installed
 
@@ -60,6 +60,11 @@ saes: install
 # --peers DIR: a folder that `pip install --target DIR eai-sparsify sae-lens` filled
 bench-sae: install
 	$(BIN)/python benchmarks/sae.py $(if $(PEERS),--peers $(PEERS))
+
+# on a quiet machine; the models are converted first, which takes most of the time
+bench-speed: install
+	$(BIN)/python benchmarks/speed.py --work runs/speed
+	$(BIN)/python benchmarks/results_page.py
 
 docs: install
 	$(BIN)/python benchmarks/results_page.py

@@ -18,6 +18,7 @@ from typing import Any
 import tyro
 
 from qll.config import (
+    BenchConfig,
     EvalConfig,
     ExportConfig,
     GenerateConfig,
@@ -126,11 +127,19 @@ def evaluate(config: EvalConfig) -> None:
 
 def generate(config: GenerateConfig) -> None:
     """Stream a continuation of the prompt."""
-    from qll import pipeline
+    from qll.rungenerate import generate_text
 
-    for piece in pipeline.generate_text(config):
+    for piece in generate_text(config):
         print(piece, end="", flush=True)
     print()
+
+
+def bench(config: BenchConfig) -> None:
+    """Print rates and limits of a dense and a converted model on this machine."""
+    from qll.runbench import bench_folder, bench_table
+
+    value = bench_folder(config)
+    print(json.dumps(value, indent=1) if config.json else bench_table(value))
 
 
 def lens(config: LensConfig) -> None:
@@ -197,6 +206,7 @@ VERBS = {
     "convert": Verb(MainConfig, convert, "calibrate, plan and convert"),
     "eval": Verb(EvalConfig, evaluate, "perplexity, bits per byte, KL, agreement"),
     "generate": Verb(GenerateConfig, generate, "continue a prompt"),
+    "bench": Verb(BenchConfig, bench, "tokens per second, and the limits of this machine"),
     "lens": Verb(LensConfig, lens, "which features of autoencoders survive, with pages"),
     "verify": Verb(VerifyConfig, verify, "check a converted folder against its manifest"),
     "export": Verb(ExportConfig, export, "write a plain Llama, or factors as pairs of linears"),

@@ -15,6 +15,7 @@ from qll.errors import UsageError
 from qll.options import (
     ConvertOptions,
     Device,
+    Dtype,
     TextOptions,
     TrainOptions,
     require_positive,
@@ -128,10 +129,22 @@ class GenerateConfig:
     """Folder of the sparse autoencoders that --steer names features of, or `embedded`."""
     steer: str = ""
     """Features to push, as block:feature:amount, for instance 7:1234:+8,9:55:-3."""
+    runtime: Literal["qll", "transformers"] = "qll"
+    """What runs the model: the fast runtime of this package, or transformers (--steer needs it)."""
+    draft: Path | None = None
+    """Converted folder that proposes tokens for the model to check: the same text, faster if the
+    draft is cheap and mostly right."""
 
     def __post_init__(self) -> None:
         if self.edits() and self.sae_dir is None:
             raise UsageError("needs --sae_dir", where="--steer", found=self.steer)
+        if self.draft is not None and (self.steer or self.runtime == "transformers"):
+            raise UsageError(
+                "works in the runtime of this package alone",
+                where="--draft",
+                expected="--runtime qll, without --steer",
+                found=f"--runtime {self.runtime}" + (" --steer" if self.steer else ""),
+            )
         require_positive("--max_new_tokens", self.max_new_tokens, least=1)
         require_share("--top_p", self.top_p)
         if not 0 <= self.temperature < float("inf"):
@@ -166,6 +179,35 @@ class GenerateConfig:
                 )
             found.append((f"layers.{place}" if place.isdecimal() else place, feature, amount))
         return found
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """How fast a converted folder and its dense model run here, and how near to the limits."""
+
+    model: Path | None = None
+    """Folder of a converted checkpoint; without it the dense model alone is measured."""
+    llama_dir: Path | None = None
+    """The dense checkpoint; default: the embedded SmolLM2-135M-Instruct."""
+    dtype: Dtype = "auto"
+    """Number format of both models; auto is that of the converted folder (dense alone: float32)."""
+    batch: int = 1
+    """Texts that are continued together."""
+    prompt_tokens: int = 512
+    """Length of the prompt that is read."""
+    new_tokens: int = 16
+    """Tokens that are written behind it, per round."""
+    rounds: int = 5
+    """How often each measurement is taken; models take turns."""
+    device: Device = "auto"
+    """Where to run."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "new_tokens", "rounds"):
+            require_positive(f"--{name}", getattr(self, name), least=1)
+        require_positive("--prompt_tokens", self.prompt_tokens, least=2)
 
 
 @dataclass(frozen=True)

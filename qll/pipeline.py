@@ -7,17 +7,15 @@ by a later run with the same settings, so a killed run resumes where it was.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from qll import store
 from qll.calibrate import MomentStore
-from qll.config import EvalConfig, GenerateConfig, LensConfig, MainConfig, to_json
+from qll.config import EvalConfig, LensConfig, MainConfig, to_json
 from qll.convert import (
     Plan,
     saved_dtype,
@@ -51,9 +49,6 @@ from qll.runtexts import (
     evaluation_texts,
 )
 from qll.train import keep_freed_memory
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 def run(config: MainConfig, until: str = "report") -> Path:
@@ -204,38 +199,6 @@ def converted_in(folder: Path, source: Source) -> Path:
             hint="name its dense checkpoint with --llama_dir",
         )
     return model
-
-
-def generate_text(config: GenerateConfig) -> Iterator[str]:
-    """Pieces of a continuation by a converted folder or by a dense checkpoint."""
-    from qll.model import generate, load, load_dense
-
-    device = choose_device(config.device)
-    if config.model is not None and (config.model / store.MANIFEST_NAME).is_file():
-        model, tokenizer = load(config.model, device=device), open_tokenizer(config.model)
-    else:
-        source = open_source(config.model)
-        model, tokenizer = load_dense(source, torch.float32, device), open_tokenizer(source)
-    with steering(config, model):
-        yield from generate(
-            model,
-            tokenizer,
-            config.prompt,
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            seed=config.seed,
-            chat=config.chat,
-        )
-
-
-def steering(config: GenerateConfig, model: PreTrainedModel) -> AbstractContextManager:
-    """The features of --steer, added while the model generates; nothing without the flag."""
-    if not config.edits():
-        return nullcontext()
-    from qll.lens.steer import steered
-
-    return steered(model, config.sae_dir, config.edits())
 
 
 def choose_device(name: str) -> torch.device:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 # before torch starts its threads: waiting threads that spin slow down everything beside them
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # quimb, an oracle of small tests, would compile for a minute what runs once
 os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
+# what this machine costs is measured once for all tests, and not in the user's own cache
+os.environ.setdefault("QLL_CACHE", str(Path(tempfile.gettempdir()) / "qll_test_cache"))
 
 import pytest
 import torch

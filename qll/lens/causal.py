@@ -121,9 +121,7 @@ def _changes(
     ids, cache, start, found = window.to(model.device), DynamicCache(), 0, []
     for number, place in enumerate(chosen.tolist()):
         if place > start:  # the tokens before, as they are
-            model.base_model(
-                input_ids=ids[None, start:place], cache=cache, use_cache=True
-            )
+            model.base_model(input_ids=ids[None, start:place], cache=cache, use_cache=True)
         one = codes[number : number + 1]
         _, features, values = one.entries()
         parts = values[:, None] * sae.directions(features)

@@ -56,9 +56,9 @@ def generate(
     the model. Raises UsageError for arguments out of range or a prompt that does not fit,
     UnsafeCheckpointError for a template that tries to leave its sandbox.
     """
-    _check(max_new_tokens, temperature, top_p)
-    ids = _encode(tokenizer, prompt, chat).to(model.device)
-    _check_length(model, ids.shape[1], max_new_tokens)
+    require_settings(max_new_tokens, temperature, top_p)
+    ids = encode_prompt(tokenizer, prompt, chat).to(model.device)
+    require_room(model.config.max_position_embeddings, ids.shape[1], max_new_tokens)
     settings = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
@@ -112,9 +112,10 @@ class _Stop(StoppingCriteria):
         return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
 
 
-def _encode(
+def encode_prompt(
     tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool
 ) -> Int[Tensor, "one tokens"]:
+    """The ids of a prompt, as it is or in the chat template; UsageError for an empty one."""
     text = _render(tokenizer, prompt) if chat else prompt
     # a rendered template already holds its special tokens
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=not chat)["input_ids"]
@@ -145,7 +146,11 @@ def _render(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
         ) from None
 
 
-def _check(max_new_tokens: int, temperature: float, top_p: float) -> None:
+def require_settings(max_new_tokens: int, temperature: float, top_p: float) -> None:
+    """Raise UsageError for a setting out of its range.
+
+    >>> require_settings(1, 0.0, 1.0)
+    """
     ranges = {
         "max_new_tokens": (max_new_tokens, max_new_tokens >= 1, "1 or more"),
         "temperature": (temperature, temperature >= 0, "0 (greedy) or more"),
@@ -156,8 +161,8 @@ def _check(max_new_tokens: int, temperature: float, top_p: float) -> None:
             raise UsageError("out of range", where=name, expected=expected, found=value)
 
 
-def _check_length(model: PreTrainedModel, prompt: int, new: int) -> None:
-    limit = model.config.max_position_embeddings
+def require_room(limit: int, prompt: int, new: int) -> None:
+    """Raise UsageError unless `prompt` and `new` tokens fit a context of `limit`."""
     if prompt + new > limit:
         raise UsageError(
             "prompt and continuation do not fit the context of the model",

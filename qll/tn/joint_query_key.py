@@ -111,7 +111,7 @@ class JointQueryKey:
     ) -> JointQueryKey:
         """The rows of `matrices` at the pairs `kept` of each key-value head."""
         network = cls(spec.with_ranks((kept.shape[1],)), (), tuple(kept.contiguous()))
-        cores = (matrix[network._places(member)] for member, matrix in enumerate(matrices))
+        cores = (matrix[network.places(member)] for member, matrix in enumerate(matrices))
         return replace(network, cores=tuple(cores))
 
     @property
@@ -147,12 +147,12 @@ class JointQueryKey:
         """
         found = torch.nn.functional.linear(x, self.cores[member])
         full = found.new_zeros(*found.shape[:-1], self.spec.members[member][0])
-        return full.index_copy(-1, self._places(member), found)
+        return full.index_copy(-1, self.places(member), found)
 
     def to_matrix(self, member: int) -> Float[Tensor, "out into"]:
         """W_member with zero rows at the dropped channels."""
         core = self.cores[member]
-        return core.new_zeros(self.spec.members[member]).index_copy(0, self._places(member), core)
+        return core.new_zeros(self.spec.members[member]).index_copy(0, self.places(member), core)
 
     def rows(self, ids: Int[Tensor, "*batch"], member: int) -> Float[Tensor, "*batch into"]:
         """Rows `ids` of `to_matrix(member)`."""
@@ -170,7 +170,7 @@ class JointQueryKey:
         """Von Neumann entropy of bond k, in nats."""
         return von_neumann(self.bond_spectrum(k))
 
-    def _places(self, member: int) -> Int64[Tensor, " rows"]:
+    def places(self, member: int) -> Int64[Tensor, " rows"]:
         """Where the rows of a core are in the dense matrix."""
         heads, kv_heads, d_head = heads_of(self.spec)
         count = (heads, kv_heads)[member]

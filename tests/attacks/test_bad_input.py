@@ -194,6 +194,7 @@ def test_a_mended_checkpoint_does_not_resume_the_bad_one(tiny_checkpoint, tmp_pa
         ("convert", "--llama_dir", "nowhere", "--out", "o"),
         ("eval", "--model", "nowhere"),
         ("generate", "--model", "nowhere", "--prompt", "a"),
+        ("bench", "--model", "nowhere"),
         ("verify", "--model", "nowhere"),
         ("export", "--model", "nowhere", "--out", "o"),
         ("report", "--run", "nowhere"),

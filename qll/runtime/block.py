@@ -1,0 +1,119 @@
+"""One block of a Llama on flat lists of tokens, with as few operations as it takes.
+
+The numbers are those of transformers' block. Query and key are turned as complex numbers (the two
+of a rotary pair are neighbours, see `qll.runtime.reading`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Complex, Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
+
+from qll.runtime.program import Site
+
+
+@dataclass(frozen=True)
+class Step:
+    """What every block needs to know about the tokens at hand."""
+
+    positions: Int[Tensor, " tokens"]
+    """Where they stand, the same in every text of the batch."""
+    turns: Complex[Tensor, "tokens pairs"]
+    """Rotary embedding of these positions."""
+    window: int
+    """Places of the cache that attention looks at."""
+    mask: Bool[Tensor, "tokens window"] | None
+    """Which of them each token sees; None: all, or all before it when `causal`."""
+    causal: bool
+
+
+class Block(nn.Module):
+    """Attention and MLP of one block."""
+
+    def __init__(
+        self,
+        norms: tuple[Tensor, Tensor],
+        sites: dict[str, Site],
+        heads: tuple[int, int],
+        sizes: tuple[int, int, int],
+        pairs: Int[Tensor, "kv_heads pairs"] | None,
+        eps: float,
+    ) -> None:
+        """norms: gains before attention and MLP. sizes: (d_head, d_key, d_value)."""
+        super().__init__()
+        self.register_buffer("first_gain", norms[0])
+        self.register_buffer("second_gain", norms[1])
+        self.sites = nn.ModuleDict(sites)
+        self.heads, self.kv_heads = heads
+        self.d_head, self.d_key, self.d_value = sizes
+        self.eps = eps
+        self.register_buffer("pairs", None if pairs is None else self._of_all_heads(pairs))
+
+    @property
+    def cache_sizes(self) -> tuple[int, int, int]:
+        """(kv_heads, d_key, d_value): what this block stores of a token."""
+        return self.kv_heads, self.d_key, self.d_value
+
+    def forward(
+        self, x: Float[Tensor, "rows d_model"], keys: Tensor, values: Tensor, step: Step
+    ) -> Float[Tensor, "rows d_model"]:
+        """The block's output; keys and values of these tokens are written into the cache."""
+        shape = (x.shape[-1],)
+        x = x + self._attention(rms_norm(x, shape, self.first_gain, self.eps), keys, values, step)
+        return x + self._mlp(rms_norm(x, shape, self.second_gain, self.eps))
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        pieces = self.sites["gate_up"].pieces(x)
+        gate, up = pieces if len(pieces) == 2 else pieces[0].chunk(2, 1)
+        return self.sites["down"](silu(gate) * up)
+
+    def _attention(self, x: Tensor, keys: Tensor, values: Tensor, step: Step) -> Tensor:
+        tokens = step.positions.shape[0]
+        batch = x.shape[0] // tokens
+        turning = (self.heads + self.kv_heads) * self.d_key
+        found = self.sites["query_key_value"](x)
+        turned = self._turned(found[:, :turning].reshape(batch, tokens, -1, self.d_key), step)
+        query, key = turned.to(x.dtype).split((self.heads, self.kv_heads), 2)
+        value = found[:, turning:].reshape(batch, tokens, self.kv_heads, self.d_value)
+        keys.index_copy_(2, step.positions, key.transpose(1, 2))
+        values.index_copy_(2, step.positions, value.transpose(1, 2))
+        seen = keys[:, :, : step.window], values[:, :, : step.window]
+        return self.sites["output"](self._mixed(query, *seen, step))
+
+    def _turned(self, x: Tensor, step: Step) -> Tensor:
+        turns = step.turns[:, None]
+        if self.pairs is not None:
+            # each head has pairs of its own left
+            turns = step.turns.index_select(1, self.pairs).unflatten(1, (x.shape[2], -1))
+        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
+        return torch.view_as_real(pairs * turns).flatten(-2)
+
+    def _mixed(self, query: Tensor, keys: Tensor, values: Tensor, step: Step) -> Tensor:
+        """Softmax attention; query [batch, tokens, heads, d_key] -> [rows, heads * d_value]."""
+        batch, tokens = query.shape[:2]
+        scale = self.d_head**-0.5
+        if tokens == 1:  # less work than the general kernel starts with
+            grouped = query.reshape(batch, self.kv_heads, -1, self.d_key)
+            scores = (grouped * scale) @ keys.mT
+            if step.mask is not None:
+                scores = scores.masked_fill(~step.mask, float("-inf"))
+            return (scores.softmax(-1) @ values).reshape(batch, -1)
+        mixed = scaled_dot_product_attention(
+            query.transpose(1, 2),
+            keys,
+            values,
+            attn_mask=step.mask,
+            is_causal=step.causal,
+            scale=scale,
+            enable_gqa=self.heads != self.kv_heads,
+        )
+        return mixed.transpose(1, 2).reshape(batch * tokens, -1)
+
+    def _of_all_heads(self, pairs: Tensor) -> Tensor:
+        """The pairs of every query head, then of every key head, in one list."""
+        queries = pairs.repeat_interleave(self.heads // self.kv_heads, 0)
+        return torch.cat([queries, pairs]).flatten()
