@@ -34,6 +34,7 @@ ROOMS = (
     "runmodel",
     "runsaes",
     "runplan",
+    "needs",
     "pipeline",
     "saejob",
     "api",
