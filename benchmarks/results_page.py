@@ -9,7 +9,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs as a script
 
-from benchmarks import quality_page
+from benchmarks import factorise_page, quality_page
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -41,6 +41,8 @@ def page() -> str:
     parts = ["# Measured results", INTRODUCTION, main_job(read("main_job"))]
     if has("quality"):
         parts.append(quality_page.section(read("quality")))
+    if has("factorise"):
+        parts.append(factorise_page.section(read("factorise")))
     return "\n\n".join(parts) + "\n"
 
 
