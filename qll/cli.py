@@ -156,9 +156,9 @@ def lens(config: LensConfig) -> None:
 
 def verify(config: VerifyConfig) -> None:
     """Check a converted folder and say so."""
-    from qll.model import load
+    from qll.model import verify_folder
 
-    load(config.model, verify=True)
+    verify_folder(config.model)
     print(f"{config.model}: every file, key and the logits fingerprint match the manifest")
 
 

@@ -21,7 +21,17 @@ from qll.convert import (
     saved_dtype,
 )
 from qll.errors import UsageError
-from qll.load import Source, builtin_texts, encode, open_source, open_tokenizer, read_text
+from qll.load import (
+    ReadAhead,
+    Source,
+    builtin_texts,
+    encode,
+    open_source,
+    open_tokenizer,
+    read_text,
+    stamps_of,
+)
+from qll.needs import needs_text, require_needs
 from qll.runfolder import (
     Run,
     claim,
@@ -62,7 +72,7 @@ def run(config: MainConfig, until: str = "report") -> Path:
     state = start(config)
     with store.lock(config.out), recording(state):
         claim(state)
-        store.require_space(config.out, needed_bytes(state))
+        require_needs(state, until)
         if until not in ("calibrate", "plan"):
             require_training(state)
         moments = timed(state, "calibrate", calibrate)
@@ -99,9 +109,10 @@ def start(config: MainConfig) -> Run:
             found=config.out,
             hint="choose a folder outside --llama_dir",
         )
-    source = open_source(config.llama_dir)
-    require_saes(config, source)
-    return Run(config, source, open_tokenizer(source), device)
+    opened = open_source(config.llama_dir)
+    require_saes(config, opened)
+    source, stamps = ReadAhead(opened), stamps_of(opened.files)
+    return Run(config, source, open_tokenizer(source), device, stamps)
 
 
 def dry_run(config: MainConfig) -> str:
@@ -118,7 +129,7 @@ def dry_run(config: MainConfig) -> str:
         f"refinement per block, {config.train.healing:,} tokens of healing",
         "evaluation   " + ", ".join(text.name for text in evaluation_texts(config)),
         f"device       {state.device}",
-        f"disk         at most {needed_bytes(state) / 1e9:.2f} GB in {config.out}",
+        needs_text(state, "report"),
     ]
     return "\n".join(lines)
 
@@ -282,26 +293,3 @@ def report(
     )
     store.write_text(state.out / "report.html", render(value))
     store.write_json(state.out / "report.json", value)
-
-
-def needed_bytes(state: Run) -> int:
-    """Disk the run needs at most: moments, cores, what is trained, and the checkpoint itself."""
-    specs = state.source.specs()
-    kind = saved_dtype(state.source, state.config.convert)
-    params = sum(spec.nbytes // spec.dtype.itemsize for spec in specs.values())
-    train = state.config.train
-    # float32: refined blocks; a start, healed blocks, and a checkpoint with two moments of Adam
-    trained = 4 * params * (bool(train.passes) + 5 * bool(train.healing))
-    config = state.source.config
-    d_model, d_ff, d_kv = (
-        config.hidden_size,
-        config.intermediate_size,
-        config.num_key_value_heads * config.head_dim,
-    )
-    inputs = 3 * d_model**2 + d_ff**2
-    grads = 3 * d_model**2 + 2 * d_kv**2 + 2 * d_ff**2
-    share = {"plain": 0, "activation": inputs, "kfac": inputs + grads}[state.config.convert.metric]
-    share += inputs * bool(state.config.texts.prior_tokens)
-    moments = 4 * share * config.num_hidden_layers
-    streams = 4 * 4 * d_model * train.refine_tokens * bool(train.passes)
-    return 2 * params * kind.itemsize + trained + streams + moments + (1 << 24)

@@ -24,7 +24,7 @@ from qll import store
 from qll.config import MainConfig, to_json
 from qll.convert import load_plan
 from qll.errors import ForeignRunError, IntegrityError
-from qll.load import Source
+from qll.load import Source, Stamps, require_unchanged
 
 logger = logging.getLogger("qll.runfolder")
 
@@ -41,6 +41,7 @@ class Run:
     source: Source
     tokenizer: Any
     device: torch.device
+    stamps: Stamps = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
@@ -149,12 +150,17 @@ def _binding(config: MainConfig) -> dict[str, Any]:
 
 
 def timed(state: Run, stage: str, function, *arguments):
-    """Call a stage and add its seconds to the events, whether it finishes or is interrupted."""
+    """Call a stage and add its seconds to the events, whether it finishes or is interrupted.
+
+    Raises IntegrityError when the checkpoint changed meanwhile.
+    """
     print(f"[{stage}]", file=sys.stderr)
     store.append_line(state.events, {"event": "started", "stage": stage})
     started = time.monotonic()
     try:
-        return function(state, *arguments)
+        result = function(state, *arguments)
+        require_unchanged(state.stamps)
+        return result
     finally:
         seconds = time.monotonic() - started
         state.seconds[stage] = seconds

@@ -32,6 +32,7 @@ from qll.convert import (
     trained_path,
 )
 from qll.errors import UsageError
+from qll.load import require_unchanged
 from qll.runfolder import Run, timed
 from qll.runtexts import calibration_windows
 from qll.train import HealSettings, choose_precision, free_bytes, heal, healing_bytes
@@ -226,6 +227,7 @@ def write_model(
         "matrices": records,
         "training": training,
     }
+    require_unchanged(state.stamps)
     commit_folder(state.model, facts)
     store.remove(cores_of(state))
     for name in ("refined", "healed", "tuned"):

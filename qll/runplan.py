@@ -8,6 +8,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import torch
+
 from qll import store
 from qll.calibrate import MomentStore, collect, prior_windows
 from qll.config import MainConfig
@@ -25,6 +27,7 @@ from qll.load import Source
 from qll.runfolder import Run
 from qll.runsaes import feature_gradients
 from qll.runtexts import calibration_windows, trial_windows
+from qll.train import choose_precision
 
 logger = logging.getLogger("qll.runplan")
 
@@ -46,10 +49,20 @@ def calibrate(state: Run) -> MomentStore | None:
             gradients=config.convert.metric == "kfac",
             device=state.device,
             extra=feature_gradients(config, state.source, state.device),
+            precision=calibration_precision(state),
         )
     if not config.texts.prior_tokens:
         return moments
     return MomentStore(moments.folder, prior=prior_moments(state))
+
+
+def calibration_precision(state: Run) -> torch.dtype:
+    """The dtype in which the calibration multiplies: float32, or for a checkpoint in bfloat16 that
+    of --precision, bfloat16 where it is fast."""
+    stored = state.source.specs()["model.layers.0.self_attn.q_proj.weight"].dtype
+    if stored != torch.bfloat16:
+        return torch.float32
+    return choose_precision(state.config.train.precision, state.device)
 
 
 def prior_moments(state: Run) -> MomentStore:
@@ -63,7 +76,12 @@ def prior_moments(state: Run) -> MomentStore:
         state.config.seed,
     )
     return collect(
-        state.source, windows, state.work / "prior", gradients=False, device=state.device
+        state.source,
+        windows,
+        state.work / "prior",
+        gradients=False,
+        device=state.device,
+        precision=calibration_precision(state),
     )
 
 

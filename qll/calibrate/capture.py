@@ -46,15 +46,17 @@ def collect(
     gradients: bool,
     device: str | torch.device = "cpu",
     extra: ExtraGradients | None = None,
+    precision: torch.dtype = torch.float32,
 ) -> MomentStore:
     """Second moments of all linear layers of `source` over `windows`, written to `folder`.
 
     With `gradients`, also those of dLoss/dOutput, where the loss is the cross-entropy of every
     next token summed over all windows (so that the scale per token does not depend on how many
     there are); see `probe` for how single gradients are trimmed and clipped. `extra` adds gradients
-    of something else to it, at the outputs of some blocks. Activations between
-    blocks take windows x context x d_model x 4 bytes, times n_layers + 3 with gradients; they are
-    in memory up to 2 GB and in files of `folder` above that.
+    of something else to it, at the outputs of some blocks. Blocks multiply in `precision`; sums are
+    float32 products added in float64 in any case. Activations between blocks take windows x context
+    x d_model x 4 bytes, times n_layers + 3 with gradients; they are in memory up to 2 GB and, in
+    `precision`, in files of `folder` above that.
 
     Resumes a killed run of the same job and returns at once when it is finished. Raises TextError
     for windows of one token, ForeignRunError when `folder` holds another job, NonFiniteError
@@ -79,11 +81,11 @@ def collect(
             expected="[windows, context >= 2]",
             found=list(windows.shape),
         )
-    journal = Journal(folder, _job(source, windows, gradients, extra))
+    journal = Journal(folder, _job(source, windows, gradients, extra, precision))
     if (folder / SUMMARY_NAME).is_file() and journal.intact:
         store.remove(folder / STREAMS_NAME)
         return MomentStore(folder)
-    streams = _streams(source, windows, journal, gradients)
+    streams = _streams(source, windows, journal, gradients, precision)
     with tqdm(
         total=windows.numel() * (2 if gradients else 1),
         unit="tok",
@@ -91,8 +93,12 @@ def collect(
         file=sys.stderr,
         disable=None,
     ) as progress:
-        device = torch.device(device)
-        _passes(Run(source, windows, journal, gradients, device, streams, progress, extra))
+        _passes(
+            Run(
+                *(source, windows, journal, gradients, torch.device(device)),
+                *(streams, progress, extra, precision),
+            )
+        )
     store.write_json(folder / SUMMARY_NAME, _summary(journal))
     streams.close()
     return MomentStore(folder)
@@ -109,21 +115,38 @@ def _passes(run: Run) -> None:
         leave_embedding(run)
 
 
-def _streams(source: Source, windows: Tensor, journal: Journal, gradients: bool) -> Streams:
-    """Forward only: a block's input and output. With gradients: the input of every block and of
-    the head, and the gradient at a block's output and input."""
+def stream_count(layers: int, gradients: bool) -> int:
+    """Streams at a time. Forward only: a block's input and output. With gradients: the input of
+    every block and of the head, and the gradient at a block's output and input.
+
+    >>> stream_count(32, False), stream_count(32, True)
+    (2, 35)
+    """
+    return layers + 3 if gradients else 2
+
+
+def _streams(
+    source: Source, windows: Tensor, journal: Journal, gradients: bool, precision: torch.dtype
+) -> Streams:
     layers, width = source.config.num_hidden_layers, source.config.hidden_size
-    streams = Streams(journal.folder, (*windows.shape, width), layers + 3 if gradients else 2)
+    count = stream_count(layers, gradients)
+    streams = Streams(journal.folder, (*windows.shape, width), count, precision)
     if not journal.intact:
         streams.clear()
     return streams
 
 
 def _job(
-    source: Source, windows: Tensor, gradients: bool, extra: ExtraGradients | None
+    source: Source,
+    windows: Tensor,
+    gradients: bool,
+    extra: ExtraGradients | None,
+    precision: torch.dtype,
 ) -> dict[str, Any]:
     """What must be the same for a run to continue another."""
     job = {} if extra is None else {"extra": dict(extra.facts)}
+    if precision != torch.float32:
+        job["precision"] = str(precision).removeprefix("torch.")
     return job | {
         "schema_version": SCHEMA_VERSION,
         "source": source.fingerprint,

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from qll.calibrate.gram import GramSum
 from qll.calibrate.journal import Journal
@@ -22,8 +23,8 @@ from qll.calibrate.moments import EMBEDDING_NAME, HEAD_NAME, block_name
 from qll.calibrate.probe import BlockProbe, condition
 from qll.calibrate.streams import Streams
 from qll.errors import NonFiniteError
-from qll.load import Source
-from qll.model.blocks import build_block, embed, head, run_block
+from qll.load import Source, expect_block
+from qll.model.blocks import build_block, embed, final_norm, head_matrix, run_block
 
 # Bytes of logits, or of embedded windows, that are held at a time.
 CHUNK_BYTES = 128 << 20
@@ -54,6 +55,7 @@ class Run:
     streams: Streams
     progress: tqdm
     extra: ExtraGradients | None = None
+    precision: torch.dtype = torch.float32
 
     @property
     def n_layers(self) -> int:
@@ -76,6 +78,16 @@ class Run:
     def backward_done(self, index: int) -> bool:
         """Whether `gradient.index`, or something computed from it, is there."""
         return self.reached("gradient", range(index + 1))
+
+    def build(self, index: int) -> LlamaDecoderLayer:
+        """Block `index`, its weights in the precision of the products."""
+        return build_block(self.source, index, dtype=self.precision, device=self.device)
+
+    def multiplying(self) -> contextlib.AbstractContextManager:
+        """Where products are in the precision asked for, and the residual stream in float32."""
+        if self.precision == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.precision)
 
     def save(self, index: int, probe: BlockProbe, influence: float) -> None:
         """Write the moments of block `index`; `influence` is summed over all tokens."""
@@ -101,14 +113,16 @@ def forward_block(run: Run, index: int) -> None:
     if run.forward_done(index + 1) and not measure:
         return
     run.progress.set_description(f"calibrate: block {index} forward")
-    block = build_block(run.source, index, device=run.device)
+    block = run.build(index)
+    expect_block(run.source, index + 1)
     before, after = run.streams.find(f"hidden.{index}"), run.streams.create(f"hidden.{index + 1}")
     probe = BlockProbe(block, gradients=False) if measure else None
     influence = 0.0
     with torch.no_grad(), _attached(probe):
         for number in range(len(before)):
-            state = before[number : number + 1].to(run.device)
-            output = run_block(block, state)
+            state = before[number : number + 1].to(run.device, torch.float32)
+            with run.multiplying():
+                output = run_block(block, state).float()
             _require_finite(output, f"model.layers.{index}", "output")
             influence += _influence(state, output)
             after[number] = output[0].cpu()
@@ -126,12 +140,14 @@ def leave_head(run: Run) -> None:
     if known and (not run.gradients or run.backward_done(run.n_layers)):
         return
     run.progress.set_description("calibrate: head")
-    norm, weight = head(run.source, device=run.device)
+    norm, weight = final_norm(run.source, device=run.device), None
+    if run.gradients:
+        weight = head_matrix(run.source, device=run.device)
     hidden = run.streams.find(f"hidden.{run.n_layers}")
     gradient = run.streams.create(f"gradient.{run.n_layers}") if run.gradients else None
     gram, nll = GramSum(hidden.shape[2]), 0.0
     for number in range(len(hidden)):
-        state = hidden[number : number + 1].to(run.device).requires_grad_()
+        state = hidden[number : number + 1].to(run.device, torch.float32).requires_grad_()
         normed = norm(state)
         gram.add(normed[0])
         if gradient is not None:
@@ -140,7 +156,8 @@ def leave_head(run: Run) -> None:
             gradient[number] = torch.autograd.grad(normed, state, slope[None])[0][0].cpu()
             nll += loss
     if not known:
-        counts = torch.bincount(run.windows.flatten().cpu(), minlength=weight.shape[0])
+        vocab = run.source.config.vocab_size
+        counts = torch.bincount(run.windows.flatten().cpu(), minlength=vocab)
         scored = run.windows.shape[0] * (run.windows.shape[1] - 1)
         facts = {"nll": nll / scored if run.gradients else None}
         run.journal.write(
@@ -156,7 +173,8 @@ def backward_block(run: Run, index: int) -> None:
     if run.backward_done(index):
         return
     run.progress.set_description(f"calibrate: block {index} backward")
-    block = build_block(run.source, index, device=run.device)
+    block = run.build(index)
+    expect_block(run.source, index - 1)
     hidden = run.streams.find(f"hidden.{index}")
     above = run.streams.find(f"gradient.{index + 1}")
     below = run.streams.create(f"gradient.{index}")
@@ -164,9 +182,10 @@ def backward_block(run: Run, index: int) -> None:
     influence = 0.0
     with _attached(probe):
         for number in range(len(hidden)):
-            state = hidden[number : number + 1].to(run.device).requires_grad_()
-            output = run_block(block, state)
-            slope = above[number : number + 1].to(run.device)
+            state = hidden[number : number + 1].to(run.device, torch.float32).requires_grad_()
+            with run.multiplying():
+                output = run_block(block, state).float()
+            slope = above[number : number + 1].to(run.device, torch.float32)
             if run.extra is not None and index in run.extra.at:
                 added = run.extra.at[index](number, output[0].detach(), slope[0])
                 slope = slope + added.to(slope)[None]
@@ -186,7 +205,7 @@ def leave_embedding(run: Run) -> None:
     gradient = run.streams.find("gradient.0")
     gram = GramSum(gradient.shape[2])
     for number in range(len(gradient)):
-        gram.add(condition(gradient[number : number + 1]))
+        gram.add(condition(gradient[number : number + 1].float()))
     run.journal.write(EMBEDDING_NAME, {"embed_tokens.grad": gram.packed()}, {})
 
 
@@ -225,7 +244,8 @@ def _attached(probe: BlockProbe | None) -> contextlib.AbstractContextManager[Non
 
 
 def _require_finite(values: Tensor, where: str, kind: str) -> None:
-    if not torch.isfinite(values).all():
+    # one window at a time: a stream may be larger than memory
+    if not all(bool(torch.isfinite(window).all()) for window in values):
         raise NonFiniteError(
             f"{kind} is not finite",
             where=where,

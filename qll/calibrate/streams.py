@@ -1,6 +1,7 @@
 """The residual stream between blocks: in memory when small, memory-mapped files when large.
 
-A stream is one float32 tensor [windows, context, d_model]. Files survive a kill: a stream that was
+A stream is one tensor [windows, context, d_model], float32 in memory and in files float32 or, for
+a model that computes in it, bfloat16 (half the disk). Files survive a kill: a stream that was
 committed is listed in `streams/journal.jsonl` and read back instead of being computed again.
 Streams in memory are simply computed again, with the same result.
 """
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float
 from torch import Tensor
 
 from qll import store
@@ -27,7 +28,7 @@ JOURNAL_NAME = "journal.jsonl"
 
 
 class Streams:
-    """Named float32 tensors of one `shape`; at most `count` of them exist at a time.
+    """Named tensors of one `shape`; at most `count` of them exist at a time; files in `dtype`.
 
     >>> import tempfile; streams = Streams(Path(tempfile.mkdtemp()), (1, 2, 3), count=2)
     >>> streams.create("hidden.0").fill_(1).sum().item(), streams.find("hidden.0") is None
@@ -36,10 +37,16 @@ class Streams:
     torch.Size([1, 2, 3])
     """
 
-    def __init__(self, folder: Path, shape: tuple[int, int, int], count: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        shape: tuple[int, int, int],
+        count: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.folder, self.shape = folder / STREAMS_NAME, shape
-        self.nbytes = 4 * math.prod(shape) * count
-        self.on_disk = self.nbytes > MEMORY_LIMIT
+        self.on_disk, self.nbytes = stored_bytes(shape, count, dtype)
+        self._dtype = dtype if self.on_disk else torch.float32
         self._open: dict[str, Tensor] = {}
         self._files: dict[str, np.memmap] = {}
         self._committed: set[str] = set()
@@ -48,7 +55,7 @@ class Streams:
         place = f"memory-mapped files in {self.folder}" if self.on_disk else "memory"
         logger.info("activations between blocks: %.2f GB in %s", self.nbytes / 1e9, place)
 
-    def create(self, name: str) -> Float32[Tensor, "windows context d_model"]:
+    def create(self, name: str) -> Float[Tensor, "windows context d_model"]:
         """A new tensor to be filled and then committed."""
         if not self.on_disk:
             self._open[name] = torch.empty(self.shape)
@@ -63,7 +70,7 @@ class Streams:
             store.append_line(self.folder / JOURNAL_NAME, {"committed": name})
         self._committed.add(name)
 
-    def find(self, name: str) -> Float32[Tensor, "windows context d_model"] | None:
+    def find(self, name: str) -> Float[Tensor, "windows context d_model"] | None:
         """The committed stream `name`, or None."""
         if name not in self._committed:
             return None
@@ -98,7 +105,7 @@ class Streams:
             self._committed.discard(line.get("dropped", ""))
             if "committed" in line:
                 self._committed.add(line["committed"])
-        size = 4 * math.prod(self.shape)
+        size = self._dtype.itemsize * math.prod(self.shape)
         self._committed = {
             name
             for name in self._committed
@@ -107,8 +114,23 @@ class Streams:
         store.require_space(self.folder, self.nbytes - size * len(self._committed))
 
     def _path(self, name: str) -> Path:
-        return self.folder / f"{name}.float32"
+        return self.folder / f"{name}.{str(self._dtype).removeprefix('torch.')}"
 
     def _map(self, name: str, mode: str) -> Tensor:
-        self._files[name] = np.memmap(self._path(name), np.float32, mode, shape=self.shape)
-        return torch.from_numpy(self._files[name])
+        # numpy has no bfloat16: its bits are mapped as integers
+        kind = np.float32 if self._dtype == torch.float32 else np.int16
+        self._files[name] = np.memmap(self._path(name), kind, mode, shape=self.shape)
+        return torch.from_numpy(self._files[name]).view(self._dtype)
+
+
+def stored_bytes(
+    shape: tuple[int, int, int], count: int, dtype: torch.dtype = torch.float32
+) -> tuple[bool, int]:
+    """(whether `count` streams lie in files, the bytes they take there or in memory).
+
+    >>> stored_bytes((1, 2, 3), 2)
+    (False, 48)
+    """
+    numbers = math.prod(shape) * count
+    on_disk = 4 * numbers > MEMORY_LIMIT
+    return on_disk, numbers * (dtype.itemsize if on_disk else 4)

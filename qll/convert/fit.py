@@ -23,6 +23,7 @@ from qll.convert.candidates import format_of
 from qll.convert.inner import INNER, fit_inner
 from qll.convert.metric import Factor, Metric, factor, leg_moments
 from qll.convert.panelling import swept_panels, whiten_panels
+from qll.convert.short_side import short_spectrum, short_truncation
 from qll.convert.sparsify import entry_losses, sparsify
 from qll.convert.sweeps import swept_cores
 from qll.convert.whitened import Whitened, apply_roots
@@ -66,7 +67,10 @@ def fit(
     >>> fitted.rel_error[0] < 1e-6
     True
     """
-    if spec.format in INNER:
+    total = None
+    if found := _short(weights, spec, metrics):
+        network, discarded, total = found
+    elif spec.format in INNER:
         network = fit_inner([weight.to(torch.float64) for weight in weights], spec, metrics)
         discarded = _discarded_inside(weights, network, metrics)
     elif spec.format == "sparse":
@@ -83,12 +87,22 @@ def fit(
         )
     network = build(replace(network.spec, shape=spec.shape), cores, network.indices)
     errors = [
-        relative_errors(weight, matrix, metric)
+        relative_errors(weight, matrix, metric, total)
         for weight, matrix, metric in zip(
             weights, comparable_members(network, weights), metrics, strict=True
         )
     ]
     return Fitted(network, [e[0] for e in errors], [e[1] for e in errors], discarded)
+
+
+def _short(
+    weights: Weights, spec: NetworkSpec, metrics: Sequence[Metric]
+) -> tuple[Network, float, float] | None:
+    """What `short_truncation` gives for a low-rank network, in the gauge of `spec`."""
+    if spec.format != "lowrank":
+        return None
+    found = short_truncation(weights[0], format_of(spec).clamp(spec).ranks[0], metrics[0])
+    return None if found is None else (_in_gauge(found[0], spec), *found[1:])
 
 
 def _decomposed(
@@ -148,6 +162,10 @@ def spectra(
     whose squares are the losses of single entries."""
     if spec.format == "sparse":
         return [entry_losses(weights[0].to(torch.float64), metrics[0])]
+    if spec.format == "lowrank":
+        values = short_spectrum(weights[0], metrics[0])
+        if values is not None:
+            return [values]
     seen = whiten(weights, spec, metrics)
     return format_of(spec).cut_spectra(_argument(seen.matrices, spec), seen.spec)
 
@@ -226,9 +244,13 @@ def _discarded(matrices: list[Tensor], network) -> float:
 
 
 def relative_errors(
-    weight: Float[Tensor, "out into"], matrix: Float[Tensor, "out into"], metric: Metric
+    weight: Float[Tensor, "out into"],
+    matrix: Float[Tensor, "out into"],
+    metric: Metric,
+    total: float | None = None,
 ) -> tuple[float, float]:
-    """||W - W~|| / ||W|| in the Frobenius norm and in the metric.
+    """||W - W~|| / ||W|| in the Frobenius norm and in the metric; `total`: ||W||^2 in the metric,
+    where it is known.
 
     >>> from qll.convert.metric import plain
     >>> relative_errors(torch.full((1, 2), 2.0), torch.ones(1, 2), plain())
@@ -237,5 +259,5 @@ def relative_errors(
     weight, matrix = weight.to(torch.float64), matrix.to(torch.float64)
     error = weight - matrix
     plain = float(error.norm()) / max(float(weight.norm()), 1e-300)
-    total = max(metric.norm_squared(weight), 1e-300)
+    total = max(metric.norm_squared(weight) if total is None else total, 1e-300)
     return plain, (metric.norm_squared(error) / total) ** 0.5

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from qll.convert.candidates import HALF, tail_energies
 from qll.convert.metric import Metric, factor
+from qll.convert.short_side import short_truncation
 from qll.convert.truncation import truncated
 from qll.tn import LowRank, parts, tensor_shapes
 from qll.tn.network import NetworkSpec
+from qll.tn.symmetric import eigenvalues_descending
 
 # prices of a parameter at which ranks are picked: decades below the dearest, and how many
 DECADES = 4
@@ -40,6 +42,8 @@ def fit_part(matrix: Tensor, spec: NetworkSpec, metric: Metric) -> parts.Part:
     """The part of `spec` nearest to `matrix` in the metric."""
     if parts.is_whole(spec):
         return matrix
+    if found := short_truncation(matrix, spec.ranks[0], metric):
+        return parts.regauged(found[0], spec.gauge)
     left = None if metric.left is None else factor(metric.left)
     right = None if metric.right is None else factor(metric.right)
     return parts.regauged(truncated(matrix, spec.ranks[0], left, right), spec.gauge)
@@ -50,7 +54,7 @@ def block_of(moment: Tensor | None, kept: Tensor) -> Tensor | None:
 
 
 def eigenvalues(gram: Tensor) -> Float64[Tensor, "_"]:
-    return torch.linalg.eigvalsh(gram).clamp(min=0).flip(0)
+    return eigenvalues_descending(gram.clone()).clamp(min=0)
 
 
 def menu_of(spec: NetworkSpec, squares: Float64[Tensor, "_"], step: int) -> Menu:

@@ -28,6 +28,7 @@ logger = logging.getLogger("qll.convert")
 # 1.333 and 1.826, (0.1, 0.3) 1.339 and 1.701.
 SHRINK_INPUT = 0.1
 SHRINK_GRAD = 0.3
+_LARGE = 1 << 23  # numbers of a matrix whose error is multiplied in float32
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,17 @@ class Metric:
         return error
 
     def norm_squared(self, error: Float[Tensor, "out in"]) -> float:
-        """||L_out^T error L_in||_F^2, from the second moments: tr(E^T G_out E G_in)."""
-        return float((self.weighted(error) * error).sum().clamp(min=0))
+        """||L_out^T error L_in||_F^2, from the second moments: tr(E^T G_out E G_in).
+
+        Of a large matrix the products are float32, which is a relative 1e-6 of the result.
+        """
+        if error.numel() < _LARGE or error.device.type == "mps":
+            return float((self.weighted(error) * error).sum().clamp(min=0))
+        narrow = Metric(
+            self.kind, *(m if m is None else m.float() for m in (self.left, self.right))
+        )
+        error = error.float()
+        return float((narrow.weighted(error) * error).sum(dtype=torch.float64).clamp(min=0))
 
 
 def plain() -> Metric:
@@ -87,12 +97,18 @@ def metric_of(moments: LinearMoments | None, kind: str) -> Metric:
     """
     if kind == "plain" or moments is None:
         return plain()
-    right = shrink(moments.input / moments.tokens, SHRINK_INPUT)
+    right = _shrunk(moments.input, moments.tokens, SHRINK_INPUT)
     if kind == "activation":
         return Metric(kind, right=right)
     if moments.grad is None:
         raise ValueError("the K-FAC metric needs output gradients")
-    return Metric(kind, left=shrink(moments.grad / moments.grad_tokens, SHRINK_GRAD), right=right)
+    return Metric(kind, _shrunk(moments.grad, moments.grad_tokens, SHRINK_GRAD), right)
+
+
+def _shrunk(total: Tensor, tokens: int, share: float) -> Tensor:
+    """`shrink` of the mean total / tokens, with one copy instead of two."""
+    mixed = shrink(total, share)
+    return mixed.div_(tokens)
 
 
 def shrink(moment: Float[Tensor, "n n"], share: float) -> Float[Tensor, "n n"]:
@@ -106,14 +122,15 @@ def shrink(moment: Float[Tensor, "n n"], share: float) -> Float[Tensor, "n n"]:
             [0.0000, 0.5000]], dtype=torch.float64)
     """
     moment = moment.to(torch.float64)
-    if not torch.isfinite(moment).all():
+    # a sum over all entries is finite only if each of them is
+    if not torch.isfinite(moment.sum()):
         raise NonFiniteError(
             "a calibration moment is not finite",
             found="NaN or infinity in the sum of x x^T or g g^T",
             hint="check the checkpoint with `inspect` and the calibration text",
         )
     mean = moment.diagonal().mean().clamp(min=1e-30)
-    mixed = (1 - share) * moment
+    mixed = moment * (1 - share)
     mixed.diagonal().add_(share * mean + 1e-12 * mean)
     return mixed
 
@@ -137,6 +154,18 @@ def factor(moment: Float[Tensor, "n n"] | Float[Tensor, " n"]) -> Factor:
         logger.warning("a second moment is singular; its smallest eigenvalues were raised")
     values = values.clamp(min=floor).sqrt()
     return Factor(vectors * values, (vectors / values).T.contiguous())
+
+
+def root_of(moment: Float[Tensor, "n n"] | Float[Tensor, " n"]) -> Tensor:
+    """The root alone of `factor`.
+
+    >>> root_of(torch.tensor([4.0, 9.0])).tolist()
+    [2.0, 3.0]
+    """
+    if moment.ndim == 1:
+        return moment.sqrt()
+    root, info = torch.linalg.cholesky_ex(moment)
+    return root if int(info) == 0 else factor(moment).root
 
 
 def leg_moments(

@@ -39,7 +39,7 @@ from qll.convert.units import (
 )
 from qll.convert.weights import metrics_of, read_weights
 from qll.errors import UsageError
-from qll.load import Source
+from qll.load import Source, expect_block
 from qll.options import ConvertOptions
 from qll.tn.network import NetworkSpec
 
@@ -72,6 +72,7 @@ def make_plan(
         range(config.num_hidden_layers), "plan", unit="block", file=sys.stderr, disable=None
     )
     for block in blocks:
+        expect_block(source, block + 1)
         candidates += block_candidates(source, moments, options, block)
     total = sum(unit.dense_params for unit in single_units(config, 0)) * config.num_hidden_layers
     budget = int(options.keep * total)
@@ -91,16 +92,15 @@ def make_plan(
 def block_candidates(
     source: Source, moments: MomentStore | None, options: ConvertOptions, block: int
 ) -> list[Candidate]:
-    """Everything the units of one block could become."""
-    config = source.config
-    members = [unit.members[0] for unit in single_units(config, block)]
-    weights = dict(zip(members, read_weights(source, members, options), strict=True))
-    metrics = dict(zip(members, metrics_of(source, moments, members, options), strict=True))
+    """Everything the units of one block could become; one unit is in memory at a time."""
     found = []
-    for unit, format in _offers(config, options, block):
-        own = [weights[member] for member in unit.members]
-        seen = [metrics[member] for member in unit.members]
-        found += _unit_candidates(unit, format, own, seen, options, config)
+    for unit, format in _offers(source.config, options, block):
+        if format == "dense":
+            found.append(dense(unit))
+            continue
+        weights = read_weights(source, unit.members, options)
+        metrics = metrics_of(source, moments, unit.members, options)
+        found += _unit_candidates(unit, format, weights, metrics, options, source.config)
     return found
 
 
@@ -113,8 +113,6 @@ def _unit_candidates(
     config: LlamaConfig,
 ) -> list[Candidate]:
     """Everything that one unit could become in one format."""
-    if format == "dense":
-        return [dense(unit)]
     specs = templates(unit, format, options.gauge, options.sites, config)
     if options.keep == 1.0:
         return [exact(unit, specs[0])]

@@ -22,7 +22,7 @@ from qll.convert.fit import fit
 from qll.convert.plan import Plan, PlanEntry
 from qll.convert.units import tensor_path
 from qll.convert.weights import metrics_of, read_weights
-from qll.load import Source
+from qll.load import ReadAhead, Source
 from qll.model import gain_of
 from qll.options import ConvertOptions
 
@@ -47,7 +47,8 @@ def convert_units(
     done = {line["unit"]: line for line in store.read_lines(work / JOURNAL)}
     records = []
     bar = tqdm(plan.entries, "convert", unit="unit", file=sys.stderr, disable=None)
-    for entry in bar:
+    for number, entry in enumerate(bar):
+        _expect_next(source, plan, number)
         bar.set_postfix_str(entry.unit.name.removeprefix("model."))
         path = work / f"{entry.unit.name}.safetensors"
         line, spec = done.get(entry.unit.name), entry.to_json()["spec"]
@@ -67,6 +68,13 @@ def convert_units(
                 store.append_line(events, {"event": "converted", **matrix, "seconds": seconds})
         records += line["matrices"]
     return records
+
+
+def _expect_next(source: Source, plan: Plan, number: int) -> None:
+    """Let the matrices of the entry after this one be read; tables of the vocabulary are not."""
+    if isinstance(source, ReadAhead) and number + 1 < len(plan.entries):
+        unit = plan.entries[number + 1].unit
+        source.expect([f"{member}.weight" for member in unit.members if unit.block is not None])
 
 
 def _is_done(line: dict[str, Any] | None, spec: dict[str, Any] | None, path: Path) -> bool:

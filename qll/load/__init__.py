@@ -4,9 +4,11 @@ from importlib import import_module
 from typing import Any
 
 from qll.callable_room import callable_room
+from qll.load.ahead import ReadAhead, expect_block
 from qll.load.checkpoint import TensorSpec
 from qll.load.names import expected_specs
 from qll.load.source import Source, open_source
+from qll.load.unchanged import Stamps, require_unchanged, stamps_of
 
 # Imported when first used: they need transformers, which takes seconds; opening a file does not
 _ELSEWHERE = {
@@ -19,7 +21,18 @@ _ELSEWHERE = {
     "describe": "inspect",
 }
 
-__all__ = ["Source", "TensorSpec", "expected_specs", "open_source", *_ELSEWHERE]
+__all__ = [
+    "ReadAhead",
+    "Source",
+    "Stamps",
+    "TensorSpec",
+    "expect_block",
+    "expected_specs",
+    "open_source",
+    "require_unchanged",
+    "stamps_of",
+    *_ELSEWHERE,
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,7 +5,7 @@ from qll.model.dense import load_dense
 from qll.model.export import export_dense, export_two_linear
 from qll.model.files import write_static_files
 from qll.model.fingerprint import check_fingerprint, logits_fingerprint
-from qll.model.folder import commit_folder, load
+from qll.model.folder import commit_folder, load, verify_folder
 from qll.model.generate import generate
 from qll.model.groups import TNGroup, TNMember, group_path
 from qll.model.layers import TNEmbedding, TNLinear, TNTiedHead
@@ -46,5 +46,6 @@ __all__ = [
     "run_block",
     "stored_shapes",
     "tuned_scales",
+    "verify_folder",
     "write_static_files",
 ]

@@ -130,13 +130,27 @@ def head(
     source: Source, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> tuple[LlamaRMSNorm, Float[Tensor, "vocab d_model"]]:
     """The final norm and the output matrix; the matrix of a tied model is its embedding table."""
+    return final_norm(source, dtype, device), head_matrix(source, dtype, device)
+
+
+def final_norm(
+    source: Source, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> LlamaRMSNorm:
+    """The norm between the last block and the output matrix."""
     config = source.config
     with torch.device("meta"):
         norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
     gain = source.read("model.norm.weight").to(device, dtype)
     assign(norm, {"weight": gain}, where=source.name)
-    name = EMBEDDING if config.tie_word_embeddings else "lm_head.weight"
-    return norm.eval().requires_grad_(False), source.read(name).to(device, dtype)
+    return norm.eval().requires_grad_(False)
+
+
+def head_matrix(
+    source: Source, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> Float[Tensor, "vocab d_model"]:
+    """The output matrix; of a tied model its embedding table."""
+    name = EMBEDDING if source.config.tie_word_embeddings else "lm_head.weight"
+    return source.read(name).to(device, dtype)
 
 
 def _causal_mask(hidden: Tensor) -> Tensor:

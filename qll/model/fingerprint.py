@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from qll.errors import IntegrityError, NonFiniteError
@@ -37,23 +39,31 @@ def logits_fingerprint(model: PreTrainedModel) -> dict[str, Any]:
     >>> found["dtype"], len(found["logits"]), len(found["logits"][0])
     ('float32', 16, 16)
     """
-    vocab = model.config.vocab_size
-    ids = [position * 2654435761 % vocab for position in range(1, TOKENS + 1)]
-    columns = [position * 2654435761 % vocab for position in range(TOKENS, TOKENS + COLUMNS)]
+    ids, columns = fixed_places(model.config.vocab_size)
     tokens = torch.tensor([ids], device=model.device)
     with torch.no_grad():
         logits = model(input_ids=tokens, use_cache=False).logits[0]
-    if not torch.isfinite(logits).all():
-        raise NonFiniteError(
-            "the model computes logits that are not finite",
-            where=model.name_or_path or type(model).__name__,
-            hint="use a wider dtype than float16, or convert again",
-        )
-    rows = logits[:, columns].double().tolist()
-    return {
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "logits": [[float(f"{value:.6g}") for value in row] for row in rows],
-    }
+    dtype, where = str(model.dtype).removeprefix("torch."), model.name_or_path
+    _require_finite(logits, where or type(model).__name__)
+    return recorded(logits[:, columns], dtype, where or type(model).__name__)
+
+
+def fixed_places(vocab: int) -> tuple[list[int], list[int]]:
+    """The tokens that are run, and the entries of the vocabulary whose logits are kept.
+
+    >>> [len(places) for places in fixed_places(100)]
+    [16, 16]
+    """
+    ids = [position * 2654435761 % vocab for position in range(1, TOKENS + 1)]
+    columns = [position * 2654435761 % vocab for position in range(TOKENS, TOKENS + COLUMNS)]
+    return ids, columns
+
+
+def recorded(logits: Float[Tensor, "tokens columns"], dtype: str, where: object) -> dict[str, Any]:
+    """The fingerprint as JSON, from the logits at `fixed_places`."""
+    _require_finite(logits, where)
+    rows = logits.double().tolist()
+    return {"dtype": dtype, "logits": [[float(f"{value:.6g}") for value in row] for row in rows]}
 
 
 def check_fingerprint(model: PreTrainedModel, stored: Mapping[str, Any], where: object) -> float:
@@ -68,13 +78,18 @@ def check_fingerprint(model: PreTrainedModel, stored: Mapping[str, Any], where: 
     >>> check_fingerprint(model, logits_fingerprint(model), where="example") < 1e-3
     True
     """
+    return compare(logits_fingerprint(model), stored, where)
+
+
+def compare(found: Mapping[str, Any], stored: Mapping[str, Any], where: object) -> float:
+    """`check_fingerprint` of a fingerprint that was computed before."""
     then = torch.tensor(stored["logits"], dtype=torch.float64)
-    now = torch.tensor(logits_fingerprint(model)["logits"], dtype=torch.float64)
+    now = torch.tensor(found["logits"], dtype=torch.float64)
     if then.shape != now.shape:
         raise IntegrityError("fingerprint of another form", where=where, found=tuple(then.shape))
     spread = (then - then.mean(1, keepdim=True)).square().mean().sqrt()
     drift = (now - then).square().mean(1).sqrt().max() / spread
-    tolerance = max(TOLERANCE[model.dtype], TOLERANCE[getattr(torch, stored["dtype"])])
+    tolerance = max(TOLERANCE[getattr(torch, side["dtype"])] for side in (found, stored))
     # written so that NaN fails too
     if not drift <= tolerance:
         raise IntegrityError(
@@ -85,3 +100,12 @@ def check_fingerprint(model: PreTrainedModel, stored: Mapping[str, Any], where: 
             hint="check the versions of torch and transformers against run.json, or convert again",
         )
     return float(drift)
+
+
+def _require_finite(logits: Tensor, where: object) -> None:
+    if not torch.isfinite(logits).all():
+        raise NonFiniteError(
+            "the model computes logits that are not finite",
+            where=where,
+            hint="use a wider dtype than float16, or convert again",
+        )

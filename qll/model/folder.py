@@ -19,9 +19,10 @@ from transformers.utils import logging
 from qll import store
 from qll.errors import IntegrityError, MissingFileError
 from qll.model.files import read_weight_map, seal
-from qll.model.fingerprint import check_fingerprint, logits_fingerprint
+from qll.model.fingerprint import check_fingerprint, compare, logits_fingerprint
 from qll.model.llama_tn import LlamaTNForCausalLM
 from qll.model.quantizer import MODEL_TYPE
+from qll.model.streamed import is_large, streamed_fingerprint
 
 
 def load(
@@ -59,10 +60,34 @@ def commit_folder(folder: str | Path, facts: Mapping[str, Any]) -> None:
     """Finish a converted folder: open it as a user would, then write its manifest, the last file.
 
     The manifest holds `facts`, the logits fingerprint and the sha256 of every file. Raises
-    IntegrityError when the tensors are not the ones that config.json asks for.
+    IntegrityError when the tensors are not the ones that config.json asks for. A folder above 4 GB
+    is opened block by block.
     """
-    model = load(folder, verify=False)
-    seal(Path(folder), logits_fingerprint(model), facts)
+    folder = Path(folder)
+    if is_large(folder):
+        found = streamed_fingerprint(folder)
+    else:
+        found = logits_fingerprint(load(folder, verify=False))
+    seal(folder, found, facts)
+
+
+def verify_folder(folder: str | Path) -> None:
+    """Check bytes, keys and logits of a converted folder, as `load` does; one above 4 GB block by
+    block. Raises MissingFileError or IntegrityError.
+
+    >>> verify_folder("no/such/folder")
+    Traceback (most recent call last):
+    ...
+    qll.errors.MissingFileError: no/such/folder: no such folder
+    """
+    folder = Path(folder)
+    require_converted(folder)
+    manifest = store.verify_manifest(folder)
+    if not is_large(folder):
+        _require_fingerprint(load(folder, verify=False), manifest, folder)
+        return
+    _require_recorded(manifest, folder)
+    compare(streamed_fingerprint(folder), manifest["logits_fingerprint"], where=folder)
 
 
 def require_converted(folder: Path) -> None:
@@ -96,10 +121,14 @@ def _bars_only_on_a_terminal() -> Iterator[None]:
 
 
 def _require_fingerprint(model: PreTrainedModel, manifest: dict, folder: Path) -> None:
+    _require_recorded(manifest, folder)
+    check_fingerprint(model, manifest["logits_fingerprint"], where=folder)
+
+
+def _require_recorded(manifest: dict, folder: Path) -> None:
     if "logits_fingerprint" not in manifest:
         raise IntegrityError(
             "manifest without a logits fingerprint",
             where=folder / store.MANIFEST_NAME,
             hint="run the conversion again with the same --out to finish it",
         )
-    check_fingerprint(model, manifest["logits_fingerprint"], where=folder)

@@ -20,6 +20,7 @@ from jaxtyping import Float, Float64, Shaped
 from torch import Tensor
 
 from qll.errors import ConvergenceError, NonFiniteError, UsageError
+from qll.tn.symmetric import eigenvalues_descending, eigh_descending, symmetric_product
 
 METHODS = ("auto", "svd", "gram", "rand")
 
@@ -33,7 +34,7 @@ _OVERSAMPLING = 16
 _POWER_ITERATIONS = 2  # error / optimal on a flat spectrum: 1.20, 1.06, 1.03 for 0, 1, 2
 _RAND_FROM = 2048
 _GESVD_FROM = 400  # on CUDA the default driver gesvdj is 4-5 times slower from here on
-_CHUNK = 1 << 24
+_CHUNK = 1 << 25
 
 
 class SVD(NamedTuple):
@@ -92,7 +93,7 @@ def singular_values(matrix: Float[Tensor, "m n"]) -> Float64[Tensor, "k"]:
     tall = _on_factor_device(matrix)
     tall = tall.T if tall.shape[0] < tall.shape[1] else tall
     if tall.shape[1] >= _GRAM_FROM:
-        values = _eigh(_gram(tall), vectors=False)[0].clamp(min=0).sqrt()
+        values = eigenvalues_descending(_gram(tall)).clamp(min=0).sqrt()
         if values[-1] > _GRAM_VALUE_FLOOR * values[0]:
             return values
     working = _working(tall)
@@ -166,7 +167,7 @@ def _tall(
 def _by_gram(
     matrix: Tensor, rank: int, rtol: float | None, strict: bool
 ) -> tuple[Tensor, Tensor, Tensor, float] | None:
-    squares, vectors = _eigh(_gram(matrix), vectors=True)
+    squares, vectors = eigh_descending(_gram(matrix))
     values = squares.clamp(min=0).sqrt()
     kept, weight = _cut(values, rank, rtol)
     if strict and values[kept - 1] <= _GRAM_FACTOR_FLOOR * values[0]:
@@ -229,21 +230,8 @@ def _gram(tall: Tensor) -> Tensor:
     total = torch.zeros(tall.shape[1], tall.shape[1], dtype=torch.float64, device=tall.device)
     for block in tall.split(rows):
         wide = block.double()
-        total.addmm_(wide.T, wide)
+        total += symmetric_product(wide, wide)
     return total
-
-
-def _eigh(gram: Tensor, vectors: bool) -> tuple[Tensor, Tensor]:
-    """Eigenvalues descending, and eigenvectors (or an empty tensor)."""
-    try:
-        if vectors:
-            values, found = torch.linalg.eigh(gram)
-            return values.flip(0), found.flip(1)
-        return torch.linalg.eigvalsh(gram).flip(0), gram.new_empty(0)
-    except torch.linalg.LinAlgError as error:
-        raise ConvergenceError(
-            "the eigenvalue solver did not converge", where="svd", found=str(error)
-        ) from None
 
 
 def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -35,6 +35,7 @@ ROOMS = (
     "runmodel",
     "runsaes",
     "runplan",
+    "needs",
     "pipeline",
     "rungenerate",
     "runbench",

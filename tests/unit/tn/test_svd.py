@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 
 from qll.errors import ConvergenceError, NonFiniteError, UsageError
@@ -159,7 +160,7 @@ def test_a_solver_that_fails_is_named(monkeypatch):
     monkeypatch.setattr(torch.linalg, "svd", fails)
     with pytest.raises(ConvergenceError, match="no convergence"):
         truncated_svd(torch.eye(3))
-    monkeypatch.setattr(torch.linalg, "eigh", fails)
+    monkeypatch.setattr(scipy.linalg, "eigh", fails)
     with pytest.raises(ConvergenceError, match="no convergence"):
         truncated_svd(torch.eye(70))
 
