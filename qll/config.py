@@ -15,6 +15,7 @@ from qll.errors import UsageError
 from qll.options import (
     ConvertOptions,
     Device,
+    ScaleOptions,
     TextOptions,
     TrainOptions,
     require_positive,
@@ -47,6 +48,7 @@ class MainConfig:
     convert: ConvertOptions = field(default_factory=ConvertOptions)
     texts: TextOptions = field(default_factory=TextOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
+    scale: ScaleOptions = field(default_factory=ScaleOptions)
 
     def __post_init__(self) -> None:
         if self.sae_layers and self.sae_dir is None:
@@ -266,6 +268,7 @@ def to_json(config: Any) -> Any:
 def main_config_from_json(value: dict[str, Any], where: Path) -> MainConfig:
     """The MainConfig that `to_json` wrote; raises UsageError for keys we do not know."""
     parts = {"convert": ConvertOptions, "texts": TextOptions, "train": TrainOptions}
+    parts["scale"] = ScaleOptions
     known = {item.name for item in dataclasses.fields(MainConfig)}
     _require_known(where, set(value), known)
     settings = dict(value)

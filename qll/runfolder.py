@@ -30,7 +30,7 @@ logger = logging.getLogger("qll.runfolder")
 
 PACKAGES = ("torch", "transformers", "safetensors", "gguf", "numpy", "scipy", "opt_einsum")
 # settings that do not change what a run computes
-UNBINDING = ("out", "dry_run")
+UNBINDING = ("out", "dry_run", "scale")
 
 
 @dataclass
