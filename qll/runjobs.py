@@ -7,7 +7,7 @@ from pathlib import Path
 from qll.calibrate import MomentStore
 from qll.convert import Executor
 from qll.runfolder import Run
-from qll.scale import Inputs, executor_of, job_bytes, opened_here
+from qll.scale import Inputs, executor_of, job_bytes, opened_here, shape_of
 
 
 def executor_for(state: Run, moments: MomentStore | None) -> Executor:
@@ -15,7 +15,7 @@ def executor_for(state: Run, moments: MomentStore | None) -> Executor:
     checkpoint is no longer the one that the run began with."""
     inputs = inputs_of(state, moments)
     here = opened_here(inputs, state.source, moments)
-    needed = job_bytes(state.source.config, inputs.options)
+    needed = job_bytes(shape_of(state.source.config), inputs.options.metric)
     return executor_of(state.config.scale, inputs, here, state.out.absolute(), needed)
 
 

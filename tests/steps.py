@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import time
 
 import torch
 
@@ -41,3 +42,10 @@ def warns(source, moments, options, name):
     """A step that has something to say."""
     logging.getLogger("qll.tests").warning("%s is singular", name)
     return name
+
+
+def slow(source, moments, options, seconds, folder):
+    """A step that takes its time; leaves a file when it begins."""
+    (folder / f"begun.{os.getpid()}").touch()
+    time.sleep(seconds)
+    return seconds

@@ -7,5 +7,6 @@ Read job.py first; processes.py and cluster.py run jobs, planner.py predicts the
 from qll.scale.executor import executor_of
 from qll.scale.inputs import Inputs, opened_here
 from qll.scale.memory import job_bytes
+from qll.scale.shapes import shape_of
 
-__all__ = ["Inputs", "executor_of", "job_bytes", "opened_here"]
+__all__ = ["Inputs", "executor_of", "job_bytes", "opened_here", "shape_of"]

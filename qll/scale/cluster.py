@@ -49,7 +49,7 @@ class Cluster:
         try:
             self._require_workers(client)
             attempts = {_submit(client, job): (job, 1) for job in jobs}
-            finished = as_completed(attempts)
+            finished = as_completed(attempts, loop=client.loop)
             for future in finished:
                 job, attempt = attempts.pop(future)
                 failure = self._failure(future, job, attempt)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from transformers import LlamaConfig
-
-from qll.convert.units import linear_shapes
-from qll.options import ConvertOptions
+from qll.scale.shapes import Shape
 
 FLOAT64 = 8
 PROCESS_BYTES = 450 << 20  # Python with torch and transformers, measured
@@ -16,18 +13,18 @@ SQUARES = 5
 COPIES = 4
 
 
-def job_bytes(config: LlamaConfig, options: ConvertOptions) -> int:
+def job_bytes(shape: Shape, metric: str) -> int:
     """Peak memory of a worker process, in bytes: of the job that plans a block, the largest one.
 
     It holds the block's weights and second moments in float64, and what is made of the largest.
 
-    >>> job_bytes(LlamaConfig(hidden_size=64, intermediate_size=128, num_attention_heads=4),
-    ...           ConvertOptions()) < 600e6
+    >>> from qll.scale.shapes import SHAPES
+    >>> job_bytes(SHAPES["tiny"], "kfac") < 500e6
     True
     """
-    shapes = list(linear_shapes(config).values())
-    outs, ins = [out for out, _ in shapes], [into for _, into in shapes]
-    legs = {"plain": [], "activation": ins, "kfac": ins + outs}[options.metric]
-    held = sum(out * into for out, into in shapes) + sum(leg**2 for leg in legs)
-    working = COPIES * max(out * into for out, into in shapes) + SQUARES * max(legs, default=0) ** 2
+    sides = list(shape.linears.values())
+    ins, outs = [into for _, into in sides], [out for out, _ in sides]
+    legs = {"plain": [], "activation": ins, "kfac": ins + outs}[metric]
+    held = shape.block_params + sum(leg**2 for leg in legs)
+    working = COPIES * max(out * into for out, into in sides) + SQUARES * max(legs, default=0) ** 2
     return PROCESS_BYTES + FLOAT64 * (held + working)
