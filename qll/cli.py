@@ -206,7 +206,9 @@ VERBS = {
     "inspect": Verb(InspectConfig, inspect, "dimensions, connectivity, parameters, bytes"),
     "calibrate": Verb(MainConfig, calibrate, "second moments on a text, for --moments"),
     "plan": Verb(MainConfig, plan, "calibrate and choose format and ranks per matrix"),
-    "plan --machine": Verb(PlannerConfig, foresee, "time, memory and disk of a model of any --shape"),
+    "plan --machine": Verb(
+        PlannerConfig, foresee, "time, memory and disk of a model of any --shape"
+    ),
     "convert": Verb(MainConfig, convert, "calibrate, plan and convert"),
     "eval": Verb(EvalConfig, evaluate, "perplexity, bits per byte, KL, agreement"),
     "generate": Verb(GenerateConfig, generate, "continue a prompt"),

@@ -2,7 +2,7 @@
 
 cpu2: two cores of a cloud machine (AMD EPYC), rates measured by `benchmarks/planner.py`.
 h100, 8xh100: one eighth of, and the whole of, a DGX H100. GPU: NVIDIA H100 Tensor Core GPU data
-sheet (SXM: 67 TFLOP/s in float32, 3.35 TB/s, 80 GB); host: NVIDIA DGX H100 data sheet (two Xeon
+sheet (SXM: 67 TFLOP/s in float32, 80 GB); host: NVIDIA DGX H100 data sheet (two Xeon
 8480C of 56 cores, 2 TB, eight NVMe disks). Of the GPU's float32 peak half is counted on in forward
 and backward passes. Factorisations run on the CPU there too: a core of the host is taken as one of
 cpu2 times the ratio of the clocked peaks (32 float64 FLOP per cycle at 2.0 GHz base over 16 at 2.6
@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from qll.errors import UsageError
 from qll.scale.work import Rates
 
-GB = 10**9
+GB = 1e9
 PASS_SHARE = 0.5  # of a GPU's float32 peak
 HOST_RATIO = (32 * 2.0) / (16 * 2.6)
 
@@ -40,8 +40,6 @@ class Machine:
     """Bytes a second of one node; 0 on a single machine."""
     gpu_flops: float = 0.0
     """FLOP/s of all GPUs of a node in passes through the model; 0 without."""
-    gpu_bandwidth: float = 0.0
-    """Bytes a second of a GPU's memory."""
 
     @property
     def workers(self) -> int:
@@ -57,6 +55,9 @@ CPU_CORE: Rates = {
     "eigenvectors": {256: 2.3e10, 512: 3e10, 1024: 4e10, 2048: 3.3e10},
     "pivots": {256: 1.2e10, 512: 2.3e10, 1024: 3.2e10, 2048: 2.9e10},
     "forward": {256: 9.7e10, 512: 9.5e10, 1024: 8.9e10, 2048: 9.3e10},
+    "vector": {8192: 1.2e10},
+    "calls": {1: 1.7e3},
+    "fixed": {1: 1.0},
     "bytes": {1: 2.6e10},
 }
 
@@ -75,15 +76,17 @@ def machine_of(name: str) -> Machine:
         kind: {size: value * HOST_RATIO for size, value in known.items()}
         for kind, known in CPU_CORE.items()
     }
-    dgx = Machine(
-        "8xh100", 1, 112, host, 2000 * GB, 20 * GB, 0.0, 8 * 67e12 * PASS_SHARE, 8 * 3.35e12
-    )
+    dgx = Machine("8xh100", 1, 112, host, 2000 * GB, 20 * GB, 0.0, 8 * 67e12 * PASS_SHARE)
     known = {
         "cpu2": _cpu(),
         "8xh100": dgx,
         "h100": replace(
-            dgx, name="h100", cores=14, memory=250 * GB, disk=2.5 * GB,
-            gpu_flops=dgx.gpu_flops / 8, gpu_bandwidth=3.35e12,
+            dgx,
+            name="h100",
+            cores=14,
+            memory=250 * GB,
+            disk=2.5 * GB,
+            gpu_flops=dgx.gpu_flops / 8,
         ),
     }
     if name in known:

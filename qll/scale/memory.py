@@ -6,9 +6,9 @@ from qll.scale.shapes import Shape
 
 FLOAT64 = 8
 PROCESS_BYTES = 450 << 20  # Python with torch and transformers, measured
-# square matrices of the largest leg that are alive at once while it is factored: the moment as read
-# and as shrunk, its root and inverse, and what the library works in
-SQUARES = 5
+# square matrices of the largest leg alive at once beside those held: a moment
+# as read, its root, and the inverse of that
+SQUARES = 3
 # copies of the largest matrix alive at once: as read, whitened, factored, and its network
 COPIES = 4
 

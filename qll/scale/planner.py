@@ -45,7 +45,7 @@ def predict(shape: Shape, machine: Machine, settings: Settings) -> dict[str, Any
     """
     found = [*_stages(shape, machine, settings)]
     needed = disk_bytes(shape, settings)
-    largest = max(stage.workers * stage.memory / machine.nodes for stage in found)
+    largest = max(-(-stage.workers // machine.nodes) * stage.memory for stage in found)
     kept = settings.keep * shape.n_layers * shape.block_params
     converted = kept + shape.params - shape.n_layers * shape.block_params
     return {
@@ -68,9 +68,7 @@ def predict(shape: Shape, machine: Machine, settings: Settings) -> dict[str, Any
         "seconds": sum(stage.seconds for stage in found),
         "node_seconds": machine.nodes * sum(stage.seconds for stage in found),
         "memory_of_a_worker": job_bytes(shape, settings.metric),
-        "memory_of_a_node": max(found, key=lambda stage: stage.memory).memory
-        if machine.nodes > 1
-        else largest,
+        "memory_of_a_node": largest,
         "disk": needed,
         "network": network_bytes(shape, settings) if machine.nodes > 1 else 0.0,
     }
@@ -147,5 +145,6 @@ def _jobs(
 
 
 def _fitting(machine: Machine, memory: float) -> int:
-    """Workers that the memory of all nodes has room for; one at least, which may be too many."""
-    return max(1, machine.nodes * min(machine.cores, int(machine.memory // memory)))
+    """Workers that the memory of all nodes has room for; one a node at least, which may be too
+    many."""
+    return machine.nodes * max(1, min(machine.cores, int(machine.memory // memory)))

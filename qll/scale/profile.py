@@ -9,11 +9,16 @@ from collections.abc import Callable, Sequence
 import scipy.linalg
 import torch
 from threadpoolctl import threadpool_limits
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from qll.model.blocks import run_block
+from qll.model.dense import sdpa_config
 from qll.scale.work import COUNTS, Rates
 
 SIZES = (256, 512, 1024, 2048)
 STREAM_BYTES = 1 << 27
+WIDE = 8192  # side of a matrix that no cache holds
 
 
 def measure(sizes: Sequence[int] = SIZES, repeats: int = 3) -> Rates:
@@ -22,15 +27,25 @@ def measure(sizes: Sequence[int] = SIZES, repeats: int = 3) -> Rates:
     Processor time, because it is the same when others use the machine meanwhile.
 
     >>> found = measure(sizes=(64,), repeats=1)
-    >>> sorted(found) == sorted([*COUNTS, "bytes"])
+    >>> from qll.scale.work import OTHERS
+    >>> sorted(found) == sorted([*COUNTS, *OTHERS])
     True
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with threadpool_limits(1):
-            found = {kind: {n: _rate(kind, n, repeats) for n in sizes} for kind in COUNTS}
-            return found | {"bytes": {1: _stream(repeats)}}
+            found = {
+                kind: {n: _rate(kind, n, repeats) for n in sizes}
+                for kind in COUNTS
+                if kind != "vector"
+            }
+            return found | {
+                "vector": {WIDE: _vector(repeats)},
+                "bytes": {1: _stream(repeats)},
+                "calls": {1: _calls(repeats)},
+                "fixed": {1: 1.0},
+            }
     finally:
         torch.set_num_threads(threads)
 
@@ -54,6 +69,19 @@ def _rate(kind: str, size: int, repeats: int) -> float:
         "forward": lambda: narrow @ narrow,
     }
     return COUNTS[kind](size) / _time(actions[kind], repeats)
+
+
+def _vector(repeats: int) -> float:
+    matrix, vector = torch.zeros(WIDE, WIDE), torch.zeros(WIDE)
+    return COUNTS["vector"](WIDE) / _time(lambda: matrix @ vector, repeats)
+
+
+def _calls(repeats: int) -> float:
+    """Blocks a second when there is next to nothing to compute in one."""
+    config = LlamaConfig(hidden_size=16, intermediate_size=16, num_attention_heads=2)
+    block, hidden = LlamaDecoderLayer(sdpa_config(config), 0).eval(), torch.zeros(1, 1, 16)
+    with torch.no_grad():
+        return 1 / _time(lambda: run_block(block, hidden), repeats)
 
 
 def _stream(repeats: int) -> float:

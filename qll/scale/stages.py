@@ -13,6 +13,11 @@ from qll.scale.work import Operation
 
 MOMENT_PASSES = 12  # times a second moment moves through memory on its way to a root
 MATRIX_PASSES = 12  # and a weight, from the file to a network
+TEXT_SECONDS = 1.0  # to read and tokenise the built-in texts
+LOGIT_BYTES = 450.0  # that move for a logit of both models until they are compared
+# qll.evaluate.speed measures decoding and prefill of both models so often, on so many tokens
+REPEATS, DECODED, PROMPT = 4, 32, 512 + 64
+CALLS = 3.5  # overhead of a dense block and of a converted one, in dense blocks
 QR_LIMIT = 3e10  # rows x rank^2 beyond which pivots come from an LU (qll.tn.gauge)
 
 
@@ -84,7 +89,9 @@ def fit_matrix(out: int, into: int, settings: Settings) -> list[Operation]:
         *whiten(out, into, settings),
         Operation("product", 2.0 * out * into * (short + 2 * r), short),
         Operation("eigenvectors", 9.0 * short**3, short),
-        Operation("product", sum(2.0 * leg**2 * r + 4.0 * out * into * leg for leg in sides), short),
+        Operation(
+            "product", sum(2.0 * leg**2 * r + 4.0 * out * into * leg for leg in sides), short
+        ),
         Operation(pivots, 2.0 * out * r * r, short),
         Operation("product", 2.0 * r * r * (out + into) + 2 / 3 * r**3, r),
     ]
@@ -93,7 +100,7 @@ def fit_matrix(out: int, into: int, settings: Settings) -> list[Operation]:
 def calibrate(shape: Shape, settings: Settings) -> list[Operation]:
     """Forward passes, with gradients a second one and a backward one; the sums of moments."""
     tokens, linears = settings.calib_tokens, shape.linears.values()
-    passes = 3 if settings.gradients else 1
+    passes = 3.0 if settings.gradients else 1.0
     # q/k/v share one, gate/up another
     inputs = [shape.d_model, shape.d_model, shape.n_heads * shape.d_head, shape.d_ff]
     outputs = [out for out, _ in linears] if settings.gradients else []
@@ -104,7 +111,7 @@ def calibrate(shape: Shape, settings: Settings) -> list[Operation]:
         work.append(Operation("bytes", 10.0 * size**2 * windows))
     work = [item.times(shape.n_layers) for item in work]
     head = 2.0 * tokens * shape.d_vocab * shape.d_model * (2 if settings.gradients else 0)
-    return [*work, Operation("forward", head, shape.d_model)]
+    return [*work, Operation("forward", head, shape.d_model), Operation("fixed", TEXT_SECONDS)]
 
 
 def refine(shape: Shape, settings: Settings) -> list[Operation]:
@@ -118,11 +125,20 @@ def refine(shape: Shape, settings: Settings) -> list[Operation]:
 
 
 def evaluate(shape: Shape, settings: Settings) -> list[Operation]:
-    """Both models over the evaluation texts, and the logits of both compared."""
-    tokens = settings.texts * settings.eval_tokens
-    blocks = _passes(shape, tokens, 1024, 1 + settings.keep).times(shape.n_layers)
-    head = Operation("forward", 4.0 * tokens * shape.d_vocab * shape.d_model, shape.d_model)
-    return [blocks, head, Operation("bytes", 100.0 * tokens * shape.d_vocab)]
+    """Both models over the texts, their logits compared, and the rates of both measured."""
+    tokens, both = settings.texts * settings.eval_tokens, 1 + settings.keep
+    head = shape.d_vocab * shape.d_model
+    steps = REPEATS * DECODED
+    weights = both * shape.n_layers * shape.block_params + 2 * head
+    return [
+        _passes(shape, tokens, 1024, both).times(shape.n_layers),
+        Operation("forward", 4.0 * tokens * head, shape.d_model),
+        Operation("bytes", LOGIT_BYTES * tokens * shape.d_vocab),
+        _passes(shape, REPEATS * PROMPT, 512, both).times(shape.n_layers),
+        Operation("vector", 2.0 * steps * weights, shape.d_model),
+        Operation("calls", CALLS * steps * shape.n_layers),
+        Operation("fixed", TEXT_SECONDS),
+    ]
 
 
 def write(shape: Shape, settings: Settings) -> float:

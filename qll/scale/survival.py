@@ -14,6 +14,7 @@ from qll.scale.memory import PROCESS_BYTES
 from qll.scale.shapes import Shape
 from qll.scale.work import Operation, seconds
 
+BATCH_TOKENS = 4096  # encoded at a time
 SUMS = 6  # per feature, float64
 FLOAT32 = 4
 
@@ -43,7 +44,11 @@ def predict_survival(shape: Shape, machine: Machine, saes: Autoencoders) -> dict
     latents = saes.width * shape.d_model
     numbers = latents * shape.d_model
     encode = Operation("forward", 2 * 2.0 * saes.tokens * numbers, shape.d_model)
-    decode = Operation("bytes", 2.0 * FLOAT32 * saes.tokens * saes.k * shape.d_model)
+    # blocks of latents are read and widened for every batch of tokens, once for each model
+    batches = -(-saes.tokens // BATCH_TOKENS)
+    widen = 2.0 * batches * numbers * (saes.itemsize + 2 * FLOAT32)
+    gather = 2.0 * FLOAT32 * saes.tokens * saes.k * shape.d_model
+    decode = Operation("bytes", widen + gather)
     if machine.gpu_flops:
         computed = encode.count / machine.gpu_flops
     else:

@@ -8,15 +8,15 @@ from typing import Any
 def text_table(found: dict[str, Any]) -> str:
     """What `qll plan --shape` prints.
 
-    >>> duration(5000), size(2.147e9), number(1.2e15)
+    >>> duration(5000.0), size(2.147e9), number(1.2e15)
     ('1.4 h', '2.15 GB', '1.2 P')
     """
     model, machine = found["model"], found["machine"]
     settings = found["settings"]
     nodes = f"{machine['nodes']} nodes, " if machine["nodes"] > 1 else ""
     lines = [
-        f"{model['name']}: {number(model['params'])} parameters, {size(model['bytes'])}; at keep "
-        f"{settings['keep']:g} {number(model['params_converted'])}, "
+        f"{model['name']}: {number(model['params'], 3)} parameters, {size(model['bytes'])}; "
+        f"at keep {settings['keep']:g} {number(model['params_converted'], 3)}, "
         f"{size(model['bytes_converted'])} ({model['params_ratio']:.3f})",
         f"{machine['name']}: {nodes}{machine['workers']} workers of one thread, "
         f"{size(machine['memory_of_a_node'])} a node",
@@ -56,8 +56,8 @@ def _booking(found: dict[str, Any]) -> list[str]:
         lines.append(f"network      {size(found['network'])} between workers and storage")
     if short:
         lines.append(
-            f"DOES NOT FIT {', '.join(short)}: more than a node has; calibrate, plan and convert "
-            "can be run alone (see docs/cluster.md)"
+            f"DOES NOT FIT {', '.join(short)}: more than a node has; evaluation can be left out "
+            "(--eval_tokens 0, and the verb `convert`)"
         )
     return lines
 
@@ -92,12 +92,12 @@ def duration(seconds: float) -> str:
     return f"{seconds:.1f} s"
 
 
-def size(count: float) -> str:
+def size(count: float | int) -> str:
     """Bytes with a decimal prefix."""
     return number(count, 3) + "B"
 
 
-def number(count: float, digits: int = 2) -> str:
+def number(count: float | int, digits: int = 2) -> str:
     """A count with a decimal prefix."""
     for prefix, value in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
         if count >= value:

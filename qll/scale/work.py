@@ -18,26 +18,29 @@ COUNTS = {
     "eigenvectors": lambda n: 9 * n**3,
     "pivots": lambda n: n**3 / 2,  # QR with pivoting of n rows and n / 2 columns
     "forward": lambda n: 2 * n**3,  # float32 matrix product
+    "vector": lambda n: 2 * n**2,  # float32 matrix times vector, from memory
 }
+# kinds that are no arithmetic: memory traffic, calls of a block (their overhead), plain seconds
+OTHERS = ("bytes", "calls", "fixed")
 Rates = Mapping[str, Mapping[int, float]]
 
 
 @dataclass(frozen=True)
 class Operation:
-    """`count` elementary steps of one kind on matrices of `size`; kind "bytes": memory traffic."""
+    """`count` elementary steps of one kind on matrices of `size`."""
 
     kind: str
     count: float
     size: int = 0
 
-    def times(self, factor: float) -> Operation:
+    def times(self, factor: float | int) -> Operation:
         """The same, `factor` times."""
         return Operation(self.kind, self.count * factor, self.size)
 
 
 def flops(work: Iterable[Operation]) -> float:
     """Floating point operations in `work`."""
-    return sum(item.count for item in work if item.kind != "bytes")
+    return sum(item.count for item in work if item.kind not in OTHERS)
 
 
 def seconds(work: Iterable[Operation], rates: Rates) -> float:

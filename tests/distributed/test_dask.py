@@ -12,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+import distributed
 import pytest
 
 from qll.cli import main
@@ -25,7 +26,6 @@ from tests.e2e.conftest import ROOT, tiny_checkpoint  # noqa: F401
 from tests.e2e.test_main_job import tree_bytes
 from tests.steps import complains, dies_once, norm_of, slow
 
-distributed = pytest.importorskip("distributed")
 QUICK = ("--calib_tokens", "256", "--context", "128", "--effort", "fast", "--keep", "0.7")
 # a scheduler with one worker, whose process can be killed as a whole
 SCHEDULER = """
