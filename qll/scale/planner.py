@@ -18,7 +18,7 @@ from qll.scale.shapes import Shape
 from qll.scale.stages import Settings
 from qll.scale.work import Operation, flops, seconds
 
-FLOAT32 = 4
+FLOAT32 = 4.0
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def network_bytes(shape: Shape, settings: Settings) -> float:
 
 
 def _stages(shape: Shape, machine: Machine, settings: Settings) -> list[Stage]:
-    job = job_bytes(shape, settings.metric)
+    job = float(job_bytes(shape, settings.metric))
     block = FLOAT32 * shape.block_params
     vocabulary = FLOAT32 * shape.d_vocab * shape.d_model
     calibration = PROCESS_BYTES + 2 * block + FLOAT32 * 2 * max(shape.d_ff**2, 1) + vocabulary
