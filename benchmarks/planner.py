@@ -192,7 +192,7 @@ def survival_row(rates: Any) -> dict[str, Any]:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     weights = torch.empty(LATENTS, WIDTH, dtype=torch.bfloat16).normal_(std=WIDTH**-0.5)
-    spec = SAESpec("layers.0", WIDTH, WIDTH, LATENTS, "topk", k=SAE_K)
+    spec = SAESpec("layers.0", WIDTH, LATENTS, WIDTH, "topk", k=SAE_K)
     biases = {"b_enc": torch.zeros(LATENTS), "b_dec": torch.zeros(WIDTH)}
     matrix = LatentMatrix(weights)
     sae = SAE(StoredSAE(spec, matrix, matrix, biases))
