@@ -9,7 +9,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs as a script
 
-from benchmarks import factorise_page, quality_page, speed_page
+from benchmarks import bytelm_page, factorise_page, quality_page, speed_page
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -20,6 +20,7 @@ SECTIONS = {
     "quality": quality_page.section,
     "speed": speed_page.section,
     "factorise": factorise_page.section,
+    "bytelm": bytelm_page.section,
 }
 MARKERS = ("<!-- results -->", "<!-- /results -->")
 LABELS = {
@@ -35,6 +36,16 @@ LABELS = {
 def main() -> None:
     """Write the page with its plot, and the README's part of it."""
     PAGE.write_text(page())
+    if has("quality"):
+        from benchmarks import quality_plot
+
+        quality_plot.draw(read("quality"), PAGE.parent / quality_page.PLOT)
+    README.write_text(readme(README.read_text()))
+
+
+def page() -> str:
+    """The text of docs/results.md."""
+    parts = ["# Measured results", INTRODUCTION, main_job(read("main_job"))]
     parts += [section(read(name)) for name, section in SECTIONS.items() if has(name)]
     return "\n\n".join(parts) + "\n"
 

@@ -25,6 +25,7 @@ from qll.config import (
     InspectConfig,
     LensConfig,
     MainConfig,
+    PlannerConfig,
     ReportConfig,
     VerifyConfig,
     main_config_from_json,
@@ -54,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name = words.pop(0) if words and not words[0].startswith("-") else "run"
         if name == "sae" and words[:1] == ["train"]:
             name = f"{name} {words.pop(0)}"
+        if name == "plan" and any(_flag(word) in ("--shape", "--machine") for word in words):
+            name = "plan --machine"
         if name not in VERBS:
             raise UsageError(
                 "no such verb", found=name, expected=", ".join(VERBS), hint="see --help"
@@ -101,6 +104,15 @@ def plan(config: MainConfig) -> None:
     out = pipeline.run(config, until="plan")
     print(plan_text(load_plan(out / "plan.json")))
     print(f"plan: {out / 'plan.json'} (edit it, then run `convert` with the same flags)")
+
+
+def foresee(config: PlannerConfig) -> None:
+    """Print what a conversion would need on a machine; nothing is read but a config."""
+    from qll.scale.foresee import foresee
+    from qll.scale.table import text_table
+
+    found = foresee(config)
+    print(json.dumps(found, indent=1) if config.json else text_table(found))
 
 
 def convert(config: MainConfig) -> None:
@@ -203,6 +215,9 @@ VERBS = {
     "inspect": Verb(InspectConfig, inspect, "dimensions, connectivity, parameters, bytes"),
     "calibrate": Verb(MainConfig, calibrate, "second moments on a text, for --moments"),
     "plan": Verb(MainConfig, plan, "calibrate and choose format and ranks per matrix"),
+    "plan --machine": Verb(
+        PlannerConfig, foresee, "time, memory and disk of a model of any --shape"
+    ),
     "convert": Verb(MainConfig, convert, "calibrate, plan and convert"),
     "eval": Verb(EvalConfig, evaluate, "perplexity, bits per byte, KL, agreement"),
     "generate": Verb(GenerateConfig, generate, "continue a prompt"),
@@ -221,7 +236,7 @@ def _parse(verb: Verb, name: str, words: list[str]) -> Any:
     program = "main.py" if name == "run" else f"main.py {name}"
     description = verb.config.__doc__
     if name == "run":
-        lines = [f"  {key:10s} {item.help}" for key, item in VERBS.items()]
+        lines = [f"  {key:14s} {item.help}" for key, item in VERBS.items()]
         description = "\n".join([description, "", "Verbs (main.py VERB --help):", *lines])
     return tyro.cli(
         verb.config,
@@ -259,6 +274,11 @@ def _default(verb: Verb, words: list[str]) -> tuple[Any, list[str]]:
     settings = dict(value.get("settings", value))
     settings.pop("fingerprint", None)
     return main_config_from_json(settings, Path(path)), rest
+
+
+def _flag(word: str) -> str:
+    """The flag in --flag=value."""
+    return word.partition("=")[0]
 
 
 def _underscored(word: str) -> str:

@@ -16,6 +16,7 @@ from qll.options import (
     ConvertOptions,
     Device,
     Dtype,
+    ScaleOptions,
     TextOptions,
     TrainOptions,
     require_positive,
@@ -49,6 +50,7 @@ class MainConfig:
     convert: ConvertOptions = field(default_factory=ConvertOptions)
     texts: TextOptions = field(default_factory=TextOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
+    scale: ScaleOptions = field(default_factory=ScaleOptions)
 
     def __post_init__(self) -> None:
         if self.sae_layers and self.sae_dir is None:
@@ -75,6 +77,51 @@ class MainConfig:
                 hint="for instance --sae_layers 0,1,2",
             )
         return [int(word) for word in words]
+
+
+@dataclass(frozen=True)
+class PlannerConfig:
+    """What a conversion needs on a machine: time, memory, disk, network; nothing is converted.
+
+    For one low-rank network per matrix. For instance:
+    main.py plan --shape llama3-8b --keep 0.6 --machine cluster:64
+    """
+
+    shape: Literal["", "tiny", "smollm2-135m", "llama3-8b", "llama3-70b", "llama3-405b", "1t"] = ""
+    """Shape of the model; without it, that of --llama_dir."""
+    llama_dir: Path | None = None
+    """Checkpoint, or folder with a config.json, whose shape to take; default: SmolLM2-135M."""
+    machine: str = "cpu2"
+    """cpu2, h100, 8xh100, cluster:N (N machines like cpu2), or here (measured now, a minute)."""
+    keep: float = 0.8
+    """Share of the block linears' parameters to keep, in (0, 1]."""
+    metric: Literal["kfac", "activation", "plain"] = "kfac"
+    """Norm in which weights are truncated; kfac needs gradients."""
+    calib_tokens: int = 262144
+    """Tokens to measure moments on."""
+    refine_passes: int = 0
+    """Passes of block refinement, over 65,536 tokens (--effort balanced: 2)."""
+    eval_tokens: int = 4096
+    """Tokens of each of two texts that both models score, in memory at once; 0: no evaluation."""
+    sae_places: int = 31
+    """Places of the model with an autoencoder whose features are followed; 0: none."""
+    sae_width: int = 32
+    """Latents of an autoencoder over the width of the model."""
+    json: bool = False
+    """Print JSON instead of tables."""
+
+    def __post_init__(self) -> None:
+        require_share("--keep", self.keep)
+        require_positive("--calib_tokens", self.calib_tokens, least=2)
+        require_positive("--sae_width", self.sae_width, least=1)
+        for name in ("refine_passes", "eval_tokens", "sae_places"):
+            require_positive(f"--{name}", getattr(self, name), least=0)
+        if self.shape and self.llama_dir is not None:
+            raise UsageError(
+                "either a shape or a checkpoint",
+                where="--shape",
+                found=f"--shape {self.shape} --llama_dir {self.llama_dir}",
+            )
 
 
 @dataclass(frozen=True)
@@ -309,6 +356,7 @@ def to_json(config: Any) -> Any:
 def main_config_from_json(value: dict[str, Any], where: Path) -> MainConfig:
     """The MainConfig that `to_json` wrote; raises UsageError for keys we do not know."""
     parts = {"convert": ConvertOptions, "texts": TextOptions, "train": TrainOptions}
+    parts["scale"] = ScaleOptions
     known = {item.name for item in dataclasses.fields(MainConfig)}
     _require_known(where, set(value), known)
     settings = dict(value)

@@ -108,6 +108,22 @@ class IntegrityError(CheckpointError):
     """A converted folder whose bytes, keys or logits differ from its manifest."""
 
 
+class SourceChangedError(CheckpointError):
+    """A checkpoint that is no longer the one that a run began with."""
+
+
+class WorkerError(QLLError):
+    """A worker that died too often, or cannot do its part where it runs."""
+
+
+class SchedulerError(InterruptedRun):
+    """A scheduler that does not answer, or no longer."""
+
+
+class MemoryShortError(QLLError):
+    """Less memory than a job needs."""
+
+
 class TextError(QLLError):
     """A text too short or not readable as UTF-8."""
 

@@ -204,6 +204,37 @@ class TrainOptions:
         return by_effort[self.effort] if self.tune_tokens is None else self.tune_tokens
 
 
+@dataclass(frozen=True)
+class ScaleOptions:
+    """Who computes the factorisations; the bytes do not depend on it."""
+
+    workers: int = 0
+    """Processes of this machine that share the factorisations; 0: this process, all its threads."""
+    dask: str | None = None
+    """Address of a Dask scheduler (tcp://host:8786), or the path of its scheduler file, whose
+    workers share the factorisations."""
+    job_threads: int = 1
+    """Threads of one factorisation under --workers or --dask. Last bits depend on it, and on
+    nothing else here: the bytes are those of any number of workers."""
+
+    def __post_init__(self) -> None:
+        require_positive("--workers", self.workers, least=0)
+        require_positive("--job_threads", self.job_threads, least=1)
+        if self.dask is not None and self.workers:
+            raise UsageError(
+                "either processes of this machine or workers of a scheduler",
+                where="--workers",
+                found=f"--workers {self.workers} --dask {self.dask}",
+            )
+        if self.dask is not None and "://" not in self.dask and not Path(self.dask).is_file():
+            raise UsageError(
+                "neither an address nor a scheduler file",
+                where="--dask",
+                expected="tcp://host:8786, or a file that `dask scheduler --scheduler-file` wrote",
+                found=self.dask,
+            )
+
+
 def require_share(flag: str, value: float) -> None:
     if not 0 < value <= 1:
         raise UsageError(

@@ -34,6 +34,7 @@ from qll.convert import (
 from qll.errors import UsageError
 from qll.load import require_unchanged
 from qll.runfolder import Run, timed
+from qll.runjobs import executor_for
 from qll.runtexts import calibration_windows
 from qll.train import HealSettings, choose_precision, free_bytes, heal, healing_bytes
 
@@ -125,8 +126,10 @@ def finished_model(state: Run) -> dict[str, Any] | None:
 
 def convert(state: Run, moments: MomentStore | None, plan: Plan) -> list[dict[str, Any]]:
     """The closed form of every matrix in work/cores; returns the per-matrix records."""
-    options = state.config.convert
-    return convert_units(state.source, moments, plan, options, cores_of(state), state.events)
+    options, cores = state.config.convert, cores_of(state)
+    store.make_folder(cores)
+    executor = executor_for(state, moments)
+    return convert_units(state.source, moments, plan, options, cores, state.events, executor)
 
 
 def refine_blocks(
@@ -182,9 +185,9 @@ def pack(
 ) -> list[dict[str, Any]]:
     """The integers of --bits beside the cores; returns the records with their errors."""
     options, cores = state.config.convert, cores_of(state)
-    return quantise_units(
-        state.source, moments, plan, options, cores, trained, state.events, records
-    )
+    trained = None if trained is None else trained.absolute()
+    executor, inputs = executor_for(state, moments), (state.source, moments, plan, options)
+    return quantise_units(*inputs, cores, trained, state.events, records, executor)
 
 
 def tune_scales(state: Run, plan: Plan, healed: Path | None, trained: Path) -> dict[str, Any]:
@@ -266,8 +269,8 @@ def save_trained(model: Any, folder: Path, scales: Mapping[str, Tensor] | None =
 
 
 def cores_of(state: Run) -> Path:
-    """Where the closed forms lie until the model is written."""
-    return state.work / "cores"
+    """Where the closed forms lie until the model is written; workers have other current folders."""
+    return (state.work / "cores").absolute()
 
 
 def plan_folder(state: Run, name: str) -> Path:

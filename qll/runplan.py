@@ -25,6 +25,7 @@ from qll.convert import (
 from qll.errors import UsageError
 from qll.load import Source
 from qll.runfolder import Run
+from qll.runjobs import executor_for, gauges_path
 from qll.runsaes import feature_gradients
 from qll.runtexts import calibration_windows, trial_windows
 from qll.train import choose_precision
@@ -123,7 +124,7 @@ def given_moments(config: MainConfig, source: Source) -> MomentStore:
 
 def disentangle(state: Run, moments: MomentStore | None) -> MomentStore | None:
     """The same model in bases that are easier to split, from here on; also the moments in them."""
-    path = state.work / "gauges.safetensors"
+    path = gauges_path(state)
     state.source, turned = disentangled(state.source, moments, state.config.convert, path)
     return turned
 
@@ -134,8 +135,13 @@ def make_or_load_plan(state: Run, moments: MomentStore | None) -> Plan:
     if state.config.plan is not None:
         given_plan(state).save(path)
     elif not path.exists():
-        make_plan(state.source, moments, state.config.convert, trial_of(state)).save(path)
-        store.remove(state.work / "sensitivity")
+        work, executor = state.work / "candidates", executor_for(state, moments)
+        options = state.config.convert
+        store.make_folder(work)
+        work = work.absolute()  # workers have other current folders
+        make_plan(state.source, moments, options, trial_of(state), work, executor).save(path)
+        for name in ("sensitivity", "candidates"):
+            store.remove(state.work / name)
     plan = load_plan(path, state.source.config)
     if plan.block_params > plan.budget:
         logger.warning(

@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import os
+import platform
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,6 +27,7 @@ TEMP_SUFFIX = ".qll-tmp"
 LOCK_NAME = ".qll.lock"
 MANIFEST_NAME = "qll_manifest.json"
 OWN_SHA256 = "manifest_sha256"
+_held: set[Path] = set()  # locks of this process
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -196,16 +198,18 @@ def lock(folder: Path) -> Iterator[None]:
         raise LockedError(
             "another run is writing here",
             where=folder,
-            found=f"process {path.read_text() or 'unknown'}",
+            found=f"process {' on '.join(path.read_text().split()) or 'unknown'}",
             hint=f"wait for it, choose another --out, or delete {path} if it is gone",
         ) from None
     except OSError as error:
         raise _output_error(path, error) from error
-    os.write(handle, str(os.getpid()).encode())
+    os.write(handle, f"{os.getpid()} {platform.node()}".encode())
     os.close(handle)
+    _held.add(path.absolute())
     try:
         yield
     finally:
+        _held.discard(path.absolute())
         path.unlink(missing_ok=True)
 
 
@@ -311,10 +315,18 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _remove_stale_lock(path: Path) -> None:
-    """Drop a lock whose process no longer runs (it was killed)."""
+    """Drop a lock whose process no longer runs (it was killed); one of another machine stays."""
     try:
-        process = int(path.read_text())
+        number, *host = path.read_text().split()
+        process = int(number)
     except (OSError, ValueError):
+        return
+    if host and host[0] != platform.node():
+        return
+    if process == os.getpid():
+        # in a container that was started again this process has the number of the one before
+        if path.absolute() not in _held:
+            path.unlink(missing_ok=True)
         return
     # a process of another user is alive too: the signal to it is refused
     with contextlib.suppress(PermissionError):

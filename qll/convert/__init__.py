@@ -8,6 +8,7 @@ from qll.callable_room import callable_room
 from qll.convert.assemble import assemble
 from qll.convert.fit import fit
 from qll.convert.gauged import disentangled
+from qll.convert.jobs import Executor, InOrder
 from qll.convert.plan import Plan, PlanEntry, load_plan
 from qll.convert.planner import make_plan
 from qll.convert.quantise import packings_of, quantise_units
@@ -25,6 +26,8 @@ __all__ = [
     "FORMATS",
     "TRIAL_CONTEXT",
     "TRIAL_TOKENS",
+    "Executor",
+    "InOrder",
     "Plan",
     "PlanEntry",
     "RefineSettings",

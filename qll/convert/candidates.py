@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -34,6 +35,28 @@ class Candidate:
     spec: NetworkSpec | None
     params: int
     loss: float
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object; `from_json` gives the same candidate, to the last bit of its loss."""
+        return {
+            "members": self.unit.members,
+            "shapes": self.unit.shapes,
+            "spec": None if self.spec is None else self.spec.to_json(),
+            "params": self.params,
+            "loss": self.loss,
+        }
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Candidate:
+        """The candidate that `to_json` wrote.
+
+        >>> item = Candidate(Unit(("w",), ((2, 3),)), None, 6, 1 / 3)
+        >>> Candidate.from_json(item.to_json()) == item
+        True
+        """
+        unit = Unit(tuple(value["members"]), tuple(tuple(shape) for shape in value["shapes"]))
+        spec = None if value["spec"] is None else NetworkSpec.from_json(value["spec"])
+        return cls(unit, spec, value["params"], value["loss"])
 
 
 def dense(unit: Unit) -> Candidate:

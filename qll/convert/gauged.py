@@ -34,6 +34,7 @@ class GaugedSource:
         self.row_order: str = source.row_order
         self.config: LlamaConfig = source.config
         self.fingerprint: str = source.fingerprint
+        self.files: tuple[Path, ...] = source.files
         self.bytes_on_disk: int = source.bytes_on_disk
 
     def specs(self) -> dict[str, TensorSpec]:

@@ -11,11 +11,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 from torch import Tensor
 from tqdm import tqdm
 from transformers import LlamaConfig
 
+from qll import store
 from qll.calibrate import MomentStore
 from qll.convert.allocate import choose
 from qll.convert.candidates import HALF, RANK_STEP, Candidate, dense, exact, ladder, useful
@@ -23,6 +26,7 @@ from qll.convert.digits import significant
 from qll.convert.fit import spectra
 from qll.convert.inner import INNER, inner_ladder
 from qll.convert.inner_parts import member_scales
+from qll.convert.jobs import Executor, InOrder
 from qll.convert.metric import Metric
 from qll.convert.outliers import outlier_ladder
 from qll.convert.plan import Plan, PlanEntry
@@ -60,20 +64,18 @@ def make_plan(
     moments: MomentStore | None,
     options: ConvertOptions,
     trial: Trial | None = None,
+    work: Path | None = None,
+    executor: Executor | None = None,
 ) -> Plan:
     """The plan for `source` under `options`; moments may be None for the plain metric.
 
     `trial` says where losses are measured, for options.losses "measured". Reads one block at a
-    time. Raises UsageError when the budget cannot be met.
+    time and leaves what it found in a file of `work`, if there is one, for a resumed run. Without
+    an `executor` block after block. Raises UsageError when the budget cannot be met.
     """
     config = source.config
-    candidates: list[Candidate] = []
-    blocks = tqdm(
-        range(config.num_hidden_layers), "plan", unit="block", file=sys.stderr, disable=None
-    )
-    for block in blocks:
-        expect_block(source, block + 1)
-        candidates += block_candidates(source, moments, options, block)
+    executor = executor or InOrder(source, moments, options, expect_block)
+    candidates = _all_candidates(config.num_hidden_layers, work, executor)
     total = sum(unit.dense_params for unit in single_units(config, 0)) * config.num_hidden_layers
     budget = int(options.keep * total)
     if options.losses == "depth":
@@ -102,6 +104,38 @@ def block_candidates(
         metrics = metrics_of(source, moments, unit.members, options)
         found += _unit_candidates(unit, format, weights, metrics, options, source.config)
     return found
+
+
+def keep_candidates(
+    source: Source, moments: MomentStore | None, options: ConvertOptions, block: int, work: Path
+) -> int:
+    """Write `block_candidates` into their file of `work`; returns the block. A step."""
+    found = block_candidates(source, moments, options, block)
+    store.write_json(_candidates_path(work, block), [item.to_json() for item in found])
+    return block
+
+
+def _all_candidates(layers: int, work: Path | None, executor: Executor) -> list[Candidate]:
+    """The candidates of every block, in the order of the blocks."""
+    bar = partial(tqdm, desc="plan", unit="block", file=sys.stderr, disable=None)
+    if work is None:
+        found = bar(executor.run(_numbered_candidates, range(layers)), total=layers)
+        return [item for _, items in sorted(found, key=lambda pair: pair[0]) for item in items]
+    waiting = [block for block in range(layers) if not _candidates_path(work, block).is_file()]
+    for _ in bar(executor.run(keep_candidates, waiting, work), total=len(waiting)):
+        pass
+    read = (store.read_json(_candidates_path(work, block)) for block in range(layers))
+    return [Candidate.from_json(value) for values in read for value in values]
+
+
+def _numbered_candidates(
+    source: Source, moments: MomentStore | None, options: ConvertOptions, block: int
+) -> tuple[int, list[Candidate]]:
+    return block, block_candidates(source, moments, options, block)
+
+
+def _candidates_path(work: Path, block: int) -> Path:
+    return work / f"block.{block:04d}.json"
 
 
 def _unit_candidates(

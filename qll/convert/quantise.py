@@ -24,6 +24,7 @@ from qll.calibrate import MomentStore
 from qll.convert.alternate import round_matrix, round_network
 from qll.convert.digits import significant
 from qll.convert.fit import comparable_members, relative_errors
+from qll.convert.jobs import Executor, InOrder
 from qll.convert.metric import Metric
 from qll.convert.plan import Plan, PlanEntry
 from qll.convert.stored import unit_path, unit_tensors
@@ -59,33 +60,42 @@ def quantise_units(
     trained: Path | None,
     events: Path,
     records: Sequence[Mapping[str, Any]],
+    executor: Executor | None = None,
 ) -> list[dict[str, Any]]:
     """Pack every block linear in `work`; returns `records` with the errors of what is stored.
 
-    Does nothing when options.bits is 0. A packed matrix also gets `bits` and `bytes`.
+    Does nothing when options.bits is 0. A packed matrix also gets `bits` and `bytes`. Without an
+    `executor` one after the other.
     """
     if not options.bits:
         return [dict(record) for record in records]
-    done = {line["unit"]: line for line in store.read_lines(work / JOURNAL)}
-    changed: dict[str, dict[str, Any]] = {}
+    executor = executor or InOrder(source, moments, options)
+    known = {line["unit"]: line for line in store.read_lines(work / JOURNAL)}
     packing = Packing(options.bits, options.bits_group)
     entries = [entry for entry in plan.entries if entry.unit.block is not None]
-    bar = tqdm(entries, f"{options.bits} bits", unit="unit", file=sys.stderr, disable=None)
-    for entry in bar:
-        bar.set_postfix_str(entry.unit.name.removeprefix("model."))
-        path = unit_path(work, entry, packed=True)
-        tensors = unit_tensors(work, trained, entry)
-        made_from = _sha256(tensors)
-        line = done.get(entry.unit.name)
-        if line is None or not _is_done(line, made_from, packing, path):
-            started = time.monotonic()
-            line = _pack_unit(source, moments, entry, options, tensors, path)
-            line |= {"made_from": made_from, **packing.to_json()}
-            store.append_line(work / JOURNAL, line)
-            seconds = round(time.monotonic() - started, 3)
-            for matrix in line["matrices"]:
-                store.append_line(events, {"event": "packed", **matrix, "seconds": seconds})
-        changed |= {matrix["name"]: matrix for matrix in line["matrices"]}
+    lines, waiting = [], []
+    for entry in entries:
+        if _is_done(known, entry, packing, work, trained):
+            lines.append(known[entry.unit.name])
+        else:
+            waiting.append(entry)
+    packed = executor.run(pack_unit, waiting, work, trained)
+    bar = tqdm(
+        packed,
+        f"{options.bits} bits",
+        total=len(entries),
+        initial=len(lines),
+        unit="unit",
+        file=sys.stderr,
+        disable=None,
+    )
+    for line, seconds in bar:
+        bar.set_postfix_str(line["unit"].removeprefix("model."))
+        store.append_line(work / JOURNAL, line)
+        for matrix in line["matrices"]:
+            store.append_line(events, {"event": "packed", **matrix, "seconds": seconds})
+        lines.append(line)
+    changed = {matrix["name"]: matrix for line in lines for matrix in line["matrices"]}
     return [{**record, **changed.get(record["name"], {})} for record in records]
 
 
@@ -134,15 +144,18 @@ def unpacked_tensors(entry: PlanEntry, tensors: Tensors, packing: Packing) -> Te
     return found
 
 
-def _pack_unit(
+def pack_unit(
     source: Source,
     moments: MomentStore | None,
-    entry: PlanEntry,
     options: ConvertOptions,
-    tensors: Tensors,
-    path: Path,
-) -> dict[str, Any]:
-    """Write the packed file of one unit; returns its journal line but for what it was made from."""
+    entry: PlanEntry,
+    work: Path,
+    trained: Path | None,
+) -> tuple[dict[str, Any], float]:
+    """Write the packed file of one unit; returns its journal line and the seconds it took. A step
+    for an executor."""
+    started, path = time.monotonic(), unit_path(work, entry, packed=True)
+    tensors = unit_tensors(work, trained, entry)
     members, packing = entry.unit.members, Packing(options.bits, options.bits_group)
     metrics = metrics_of(source, moments, members, options)
     weights = read_weights(source, members, options)
@@ -155,7 +168,9 @@ def _pack_unit(
         share = weight.numel() / entry.unit.dense_params
         facts = {"name": members[k], "rel_error": errors[0], "metric_error": errors[1]}
         found.append(facts | {"bits": packing.bits, "bytes": round(size * share)})
-    return {"unit": entry.unit.name, "sha256": store.sha256(path), "matrices": found}
+    line = {"unit": entry.unit.name, "sha256": store.sha256(path), "matrices": found}
+    line |= {"made_from": _sha256(tensors), **packing.to_json()}
+    return line, round(time.monotonic() - started, 3)
 
 
 def _sha256(tensors: Tensors) -> str:
@@ -163,12 +178,22 @@ def _sha256(tensors: Tensors) -> str:
     return hashlib.sha256(save(dict(sorted(tensors.items())))).hexdigest()
 
 
-def _is_done(line: Mapping[str, Any], made_from: str, packing: Packing, path: Path) -> bool:
-    """Whether the journal's line is of these cores and this packing, and the file is its own."""
-    same = (line["made_from"], line["bits"], line["group"])
-    if same != (made_from, packing.bits, packing.group) or not path.is_file():
+def _is_done(
+    known: Mapping[str, Mapping[str, Any]],
+    entry: PlanEntry,
+    packing: Packing,
+    work: Path,
+    trained: Path | None,
+) -> bool:
+    """Whether the journal has a line of these cores and this packing, and the file is its own."""
+    line, path = known.get(entry.unit.name), unit_path(work, entry, packed=True)
+    if line is None or not path.is_file():
         return False
-    return store.sha256(path) == line["sha256"]
+    made_from = _sha256(unit_tensors(work, trained, entry))
+    same = (line["made_from"], line["bits"], line["group"])
+    return same == (made_from, packing.bits, packing.group) and (
+        store.sha256(path) == line["sha256"]
+    )
 
 
 def _named(name: str, rounded: Rounded, packing: Packing) -> Tensors:

@@ -19,6 +19,7 @@ from qll import store
 from qll.calibrate import MomentStore
 from qll.convert.digits import significant
 from qll.convert.fit import fit
+from qll.convert.jobs import Executor, InOrder
 from qll.convert.plan import Plan, PlanEntry
 from qll.convert.units import tensor_path
 from qll.convert.weights import metrics_of, read_weights
@@ -37,49 +38,69 @@ def convert_units(
     options: ConvertOptions,
     work: Path,
     events: Path,
+    executor: Executor | None = None,
 ) -> list[dict[str, Any]]:
     """Fit and write every entry of `plan` into `work`; returns the per-matrix records in order.
 
     A record has the keys of report.json's compression.per_matrix. Entries that the journal already
-    lists with the right bytes are not computed again.
+    lists with the right bytes are not computed again. Without an `executor` one after the other.
     """
     store.make_folder(work)
-    done = {line["unit"]: line for line in store.read_lines(work / JOURNAL)}
-    records = []
-    bar = tqdm(plan.entries, "convert", unit="unit", file=sys.stderr, disable=None)
-    for number, entry in enumerate(bar):
-        _expect_next(source, plan, number)
-        bar.set_postfix_str(entry.unit.name.removeprefix("model."))
-        path = work / f"{entry.unit.name}.safetensors"
-        line, spec = done.get(entry.unit.name), entry.to_json()["spec"]
-        if not _is_done(line, spec, path):
-            started = time.monotonic()
-            tensors, matrices = convert_entry(source, moments, entry, options)
-            store.write_tensors(path, tensors)
-            line = {
-                "unit": entry.unit.name,
-                "spec": spec,
-                "sha256": store.sha256(path),
-                "matrices": matrices,
-            }
+    executor = executor or InOrder(source, moments, options, _expect)
+    known = {line["unit"]: line for line in store.read_lines(work / JOURNAL)}
+    done = {e.unit.name: known[e.unit.name] for e in plan.entries if _is_done(known, e, work)}
+    waiting = [entry for entry in plan.entries if entry.unit.name not in done]
+    with tqdm(
+        total=len(plan.entries),
+        initial=len(done),
+        desc="convert",
+        unit="unit",
+        file=sys.stderr,
+        disable=None,
+    ) as bar:
+        for line, seconds in executor.run(convert_unit, waiting, work):
             store.append_line(work / JOURNAL, line)
-            seconds = round(time.monotonic() - started, 3)
-            for matrix in matrices:
+            for matrix in line["matrices"]:
                 store.append_line(events, {"event": "converted", **matrix, "seconds": seconds})
-        records += line["matrices"]
-    return records
+            done[line["unit"]] = line
+            bar.update()
+            bar.set_postfix_str(line["unit"].removeprefix("model."))
+    return [matrix for entry in plan.entries for matrix in done[entry.unit.name]["matrices"]]
 
 
-def _expect_next(source: Source, plan: Plan, number: int) -> None:
-    """Let the matrices of the entry after this one be read; tables of the vocabulary are not."""
-    if isinstance(source, ReadAhead) and number + 1 < len(plan.entries):
-        unit = plan.entries[number + 1].unit
-        source.expect([f"{member}.weight" for member in unit.members if unit.block is not None])
+def convert_unit(
+    source: Source,
+    moments: MomentStore | None,
+    options: ConvertOptions,
+    entry: PlanEntry,
+    work: Path,
+) -> tuple[dict[str, Any], float]:
+    """Write the file of one entry into `work`; returns its journal line, and the seconds it took.
+
+    A step for an executor: it touches nothing but its own file.
+    """
+    started, path = time.monotonic(), work / f"{entry.unit.name}.safetensors"
+    tensors, matrices = convert_entry(source, moments, entry, options)
+    store.write_tensors(path, tensors)
+    line = {
+        "unit": entry.unit.name,
+        "spec": entry.to_json()["spec"],
+        "sha256": store.sha256(path),
+        "matrices": matrices,
+    }
+    return line, round(time.monotonic() - started, 3)
 
 
-def _is_done(line: dict[str, Any] | None, spec: dict[str, Any] | None, path: Path) -> bool:
-    """Whether the journal's line is of this very spec and the file has the bytes it says."""
-    if line is None or line["spec"] != spec or not path.is_file():
+def _expect(source: Source, entry: PlanEntry) -> None:
+    """Let the matrices of an entry be read; tables of the vocabulary are not."""
+    if isinstance(source, ReadAhead) and entry.unit.block is not None:
+        source.expect([f"{member}.weight" for member in entry.unit.members])
+
+
+def _is_done(known: dict[str, dict[str, Any]], entry: PlanEntry, work: Path) -> bool:
+    """Whether the journal has a line of this very spec and the file has the bytes it says."""
+    line, path = known.get(entry.unit.name), work / f"{entry.unit.name}.safetensors"
+    if line is None or line["spec"] != entry.to_json()["spec"] or not path.is_file():
         return False
     return store.sha256(path) == line["sha256"]
 

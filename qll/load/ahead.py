@@ -30,6 +30,7 @@ class ReadAhead:
         self.path, self.name, self.format = source.path, source.name, source.format
         self.row_order, self.config = source.row_order, source.config
         self.fingerprint, self.bytes_on_disk = source.fingerprint, source.bytes_on_disk
+        self.files = source.files
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="qll-read")
         self._coming: list[dict[str, Future[Tensor]]] = [{}, {}]
 

@@ -56,11 +56,27 @@ def inspect_path(path: str | Path | None) -> dict[str, Any]:
     if file is None:
         source = open_source(path)
         return describe(source.config, source)
+    return {**describe(_read_config(file)), "name": file.parent.name}
+
+
+def config_of(path: str | Path | None) -> tuple[str, LlamaConfig]:
+    """Name and config of what `inspect_path` describes; raises the same.
+
+    >>> config_of(None)[1].num_hidden_layers
+    30
+    """
+    file = _bare_config(path)
+    if file is None:
+        source = open_source(path)
+        return source.name, source.config
+    return file.parent.name, _read_config(file)
+
+
+def _read_config(file: Path) -> LlamaConfig:
     values = read_object(file)
     is_meta = file.name == "params.json"
     # only the weights of a Meta folder tell whether the head is tied; the larger models are not
-    config = meta_config(values, file, {}, tied=False) if is_meta else hf_config(values, file)
-    return {**describe(config), "name": file.parent.name}
+    return meta_config(values, file, {}, tied=False) if is_meta else hf_config(values, file)
 
 
 def _bare_config(path: str | Path | None) -> Path | None:

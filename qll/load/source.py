@@ -69,6 +69,11 @@ class Source(Protocol):
         ...
 
     @property
+    def files(self) -> tuple[Path, ...]:
+        """The weight files."""
+        ...
+
+    @property
     def bytes_on_disk(self) -> int:
         """Sum of the sizes of the weight files."""
         ...

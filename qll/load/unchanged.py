@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from qll.errors import IntegrityError
+from qll.errors import SourceChangedError
 
 Stamps = Mapping[Path, tuple[int, int]]
 
 
-def stamps_of(files: Sequence[Path]) -> Stamps:
-    """Size and time of change (ns) of every file.
+def stamps_of(files: Iterable[Path]) -> Stamps:
+    """Size and time of change (ns) of every file; (-1, -1) for one that is not there.
 
-    >>> stamps_of([])
-    {}
+    >>> stamps_of([Path("no such file")])
+    {PosixPath('no such file'): (-1, -1)}
     """
-    return {file: (file.stat().st_size, file.stat().st_mtime_ns) for file in files}
+    found = {}
+    for file in files:
+        try:
+            facts = file.stat()
+            found[file] = (facts.st_size, facts.st_mtime_ns)
+        except OSError:
+            found[file] = (-1, -1)
+    return found
 
 
 def require_unchanged(stamps: Stamps) -> None:
-    """Raise IntegrityError, naming the file, unless all files are as `stamps_of` found them.
+    """Raise SourceChangedError, naming the file, unless all files are as `stamps_of` found them.
 
     >>> require_unchanged({})
     """
     for file, stamp in stamps.items():
-        found = stamps_of([file])[file] if file.is_file() else None
+        found = stamps_of([file])[file]
         if found != stamp:
-            raise IntegrityError(
+            raise SourceChangedError(
                 "the checkpoint changed while it was being converted",
                 where=file,
                 expected=f"{stamp[0]} bytes, as when the run began",
-                found="no file" if found is None else f"{found[0]} bytes, changed since",
+                found="no file" if found[0] < 0 else f"{found[0]} bytes, changed since",
                 hint="put the original file back and run the same command again to resume, or "
                 "choose another --out for the new one",
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import stat
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from qll import store
-from qll.errors import IntegrityError, OutputError
+from qll.errors import IntegrityError, LockedError, OutputError
 
 
 def test_files_get_the_mode_the_umask_asks_for(tmp_path):
@@ -92,3 +93,18 @@ def test_clean_removes_temporaries_only(tmp_path):
     (tmp_path / "kept").write_bytes(b"")
     store.clean(tmp_path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["kept"]
+
+
+def test_a_lock_of_another_machine_stays(tmp_path):
+    path = tmp_path / store.LOCK_NAME
+    path.write_text("999999999 elsewhere")
+    with pytest.raises(LockedError, match="process 999999999 on elsewhere"), store.lock(tmp_path):
+        pass
+
+
+def test_a_lock_of_an_earlier_process_with_our_number_is_stale(tmp_path):
+    path = tmp_path / store.LOCK_NAME
+    path.write_text(f"{os.getpid()} {platform.node()}")
+    with store.lock(tmp_path), pytest.raises(LockedError), store.lock(tmp_path):
+        pass
+    assert not path.exists()

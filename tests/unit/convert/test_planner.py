@@ -101,3 +101,13 @@ def test_the_embedding_has_its_own_budget(source, moments):
     assert [entry.unit.members[0] for entry in outside] == ["model.embed_tokens", "lm_head"]
     assert all(entry.params <= 0.5 * entry.unit.dense_params for entry in outside)
     assert isinstance(Plan.from_json(plan.to_json()), Plan)
+
+
+def test_candidates_are_found_again_and_the_plan_is_the_same(source, moments, tmp_path):
+    options = ConvertOptions(keep=0.5)
+    plan = make_plan(source, moments, options, work=tmp_path)
+    assert plan == make_plan(source, moments, options)
+    (tmp_path / "block.0001.json").unlink()  # a run killed after its first block
+    before = (tmp_path / "block.0000.json").stat().st_mtime_ns
+    assert make_plan(source, moments, options, work=tmp_path) == plan
+    assert (tmp_path / "block.0000.json").stat().st_mtime_ns == before

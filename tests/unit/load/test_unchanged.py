@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from qll.errors import IntegrityError
+from qll.errors import SourceChangedError
 from qll.load import require_unchanged, stamps_of
 
 
@@ -29,5 +29,5 @@ def test_the_file_that_changed_is_named(file, kind):
     else:
         file.write_bytes(b"abcdefgh" if kind == "longer" else b"fedcba")
         os.utime(file, ns=(1, 1))
-    with pytest.raises(IntegrityError, match=r"model\.safetensors.*changed"):
+    with pytest.raises(SourceChangedError, match=r"model\.safetensors.*changed"):
         require_unchanged(stamps)

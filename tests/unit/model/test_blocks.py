@@ -102,6 +102,7 @@ class Tampered:
         self.config = source.config
         self.path, self.format, self.row_order = source.path, source.format, source.row_order
         self.fingerprint, self.bytes_on_disk = source.fingerprint, source.bytes_on_disk
+        self.files = source.files
 
     def specs(self):
         specs = dict(self.source.specs())

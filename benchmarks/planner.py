@@ -1,0 +1,264 @@
+"""Predictions of `qll plan --shape` held against measured runs: benchmarks/results/planner.json.
+
+    python benchmarks/planner.py                 # everything, about ten minutes of one core
+    python benchmarks/planner.py --only activation
+
+Rates of this machine are measured first, with one thread. Then the command line converts the first
+blocks of SmolLM2-135M (bfloat16, one low-rank network per matrix) with one thread, and the seconds
+of every stage are set beside what the closed forms say of the same shape at the measured rates. All
+in processor time, since others may use the machine. Peak memory of a job is that of a process that
+does nothing else. When benchmarks/results/llama3_8b_shape.json is there, its stages are predicted
+too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs as a script
+
+from benchmarks.main_job import cpu_name, machine
+
+ROOT = Path(__file__).parents[1]
+RESULT = ROOT / "benchmarks" / "results" / "planner.json"
+WHOLE_RUN = ROOT / "benchmarks" / "results" / "llama3_8b_shape.json"
+BLOCKS, KEEP, CALIB, EVAL = 6, 0.6, 2048, 1024
+CASES = {"activation": "activation", "kfac": "kfac"}
+CONTEXT = 1024
+STAGES = ("calibrate", "plan", "convert", "evaluate")
+MEMORY_SHAPES = ((1024, 3584), (1536, 5376))
+LATENTS, WIDTH, SAE_TOKENS, SAE_K = 131072, 4096, 64, 192
+TEXTS = 2
+# a job in a process of its own: the shape of a block comes in, the peak memory goes out
+JOB = """
+import json, resource, sys
+from pathlib import Path
+from qll.convert.planner import keep_candidates
+from qll.load import open_source
+from qll.calibrate import MomentStore
+from qll.options import ConvertOptions
+folder = Path(sys.argv[1])
+moments = MomentStore(folder / "moments")
+options = ConvertOptions(format="lowrank", metric=sys.argv[2], keep=0.6)
+keep_candidates(open_source(folder / "checkpoint"), moments, options, 0, folder)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+def main() -> None:
+    """Measure, predict, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--only", choices=["rates", *CASES, "memory", "survival", "whole", "predict"]
+    )
+    only = parser.parse_args().only
+    results = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    results |= {"machine": machine() | {"threads": 1}, "command": "python benchmarks/planner.py"}
+    results |= {"seed": 0, "versions": versions(), "cpu": cpu_name()}
+    if only in (None, "rates"):
+        from qll.scale.profile import measure
+
+        results["rates"] = measure()
+        save(results)
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        if only in (None, *CASES):
+            checkpoint = first_blocks(place / "checkpoint")
+        for name, metric in CASES.items():
+            if only in (None, name):
+                row = conversion(checkpoint, place / name, metric)
+                results.setdefault("runs", {})[name] = row
+                save(results)
+        if only in (None, "memory"):
+            results["memory"] = [memory_row(place / f"m{d}", d, f) for d, f in MEMORY_SHAPES]
+            save(results)
+        if only in (None, "survival"):
+            results["survival"] = survival_row(known(results["rates"]))
+            save(results)
+    for name, row in results.get("runs", {}).items():
+        results["runs"][name] = predicted_run(row, CASES[name], known(results["rates"]))
+    save(results)
+    if only in (None, "whole") and WHOLE_RUN.exists():
+        results["whole_run"] = whole_run(json.loads(WHOLE_RUN.read_text()))
+        save(results)
+
+
+def first_blocks(folder: Path) -> Path:
+    """The first blocks of SmolLM2 with its tokenizer, as a Hugging Face folder in bfloat16."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    from qll.load import open_source, open_tokenizer
+    from qll.model import load_dense
+
+    source = open_source(None)
+    dense = load_dense(source, torch.bfloat16, torch.device("cpu"))
+    config = dense.config
+    config.num_hidden_layers = BLOCKS
+    small = LlamaForCausalLM(config).to(torch.bfloat16)
+    small.load_state_dict(dense.state_dict(), strict=False)
+    small.save_pretrained(folder)
+    open_tokenizer(source).save_pretrained(folder)
+    return folder
+
+
+def conversion(checkpoint: Path, out: Path, metric: str) -> dict[str, Any]:
+    """One run of the command line: the processor time of its stages."""
+    from qll.load.inspect import config_of
+    from qll.scale.shapes import shape_of
+
+    flags = ["--effort", "fast", "--format", "lowrank", "--metric", metric, "--keep", str(KEEP)]
+    flags += ["--calib_tokens", str(CALIB), "--context", str(CONTEXT), "--eval_tokens", str(EVAL)]
+    command = [sys.executable, str(ROOT / "main.py"), "--llama_dir", str(checkpoint), *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    subprocess.run(
+        [*command, "--out", str(out)], check=True, env=environment, stdout=subprocess.DEVNULL
+    )
+    events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+    measured = {e["stage"]: e["cpu_seconds"] for e in events if e["event"] == "stage"}
+    shape = shape_of(config_of(checkpoint)[1], f"SmolLM2-135M, {BLOCKS} blocks")
+    return {
+        "command": f"OMP_NUM_THREADS=1 python main.py {' '.join(flags)}",
+        "shape": asdict(shape),
+        "measured": {name: measured[name] for name in STAGES},
+    }
+
+
+def predicted_run(row: dict[str, Any], metric: str, rates: Any) -> dict[str, Any]:
+    """The row with its stages predicted by the code as it is now."""
+    from qll.scale.planner import predict
+    from qll.scale.shapes import Shape
+    from qll.scale.stages import Settings
+
+    settings = Settings(
+        KEEP, metric, CALIB, CONTEXT, EVAL, TEXTS, passes=0, refine_tokens=0, itemsize=2
+    )
+    found = predict(Shape(**row["shape"]), one_core(rates), settings)
+    predicted = {stage["name"]: stage["seconds"] for stage in found["stages"]}
+    pairs = row["measured"].items()
+    return row | {"stages": {name: compared(value, predicted[name]) for name, value in pairs}}
+
+
+def memory_row(folder: Path, d_model: int, d_ff: int) -> dict[str, Any]:
+    """Peak memory of the job that plans a block of that shape, and its closed form."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from qll.calibrate import collect
+    from qll.load import open_source
+    from qll.scale.memory import job_bytes
+    from qll.scale.shapes import shape_of
+
+    heads = d_model // 64
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=d_model,
+        intermediate_size=d_ff,
+        num_hidden_layers=1,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 4,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "checkpoint")
+    windows = torch.randint(256, (2, 64))
+    collect(open_source(folder / "checkpoint"), windows, folder / "moments", gradients=True)
+    command = [sys.executable, "-c", JOB, str(folder), "kfac"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(command, check=True, env=environment, capture_output=True, text=True)
+    predicted = job_bytes(shape_of(config), "kfac")
+    return {"d_model": d_model, "d_ff": d_ff} | compared(float(run.stdout), predicted)
+
+
+def survival_row(rates: Any) -> dict[str, Any]:
+    """One place of Llama 3 8B with 131,072 latents: random weights, both models' states encoded."""
+    import torch
+
+    from qll.lens.sae import SAE
+    from qll.lens.survival import Survival
+    from qll.load.sae_file import LatentMatrix, SAESpec, StoredSAE
+    from qll.scale.shapes import SHAPES
+    from qll.scale.survival import Autoencoders, predict_survival
+
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    weights = torch.empty(LATENTS, WIDTH, dtype=torch.bfloat16).normal_(std=WIDTH**-0.5)
+    spec = SAESpec("layers.0", WIDTH, LATENTS, WIDTH, "topk", k=SAE_K)
+    biases = {"b_enc": torch.zeros(LATENTS), "b_dec": torch.zeros(WIDTH)}
+    matrix = LatentMatrix(weights)
+    sae = SAE(StoredSAE(spec, matrix, matrix, biases))
+    x = torch.randn(SAE_TOKENS, WIDTH)
+    y = x + 0.1 * torch.randn(SAE_TOKENS, WIDTH)
+    survival = Survival(sae)
+    started = time.process_time()
+    survival.update(sae.encode(x), sae.encode(y), x, y)
+    survival.summary()
+    spent = time.process_time() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    saes = Autoencoders(places=1, width=LATENTS // WIDTH, k=SAE_K, tokens=SAE_TOKENS)
+    found = predict_survival(SHAPES["llama3-8b"], one_core(rates), saes)
+    return {
+        "tokens": SAE_TOKENS,
+        "seconds": compared(spent, found["seconds_per_place"]),
+        "memory": compared(float(peak), found["memory"]),
+    }
+
+
+def whole_run(run: dict[str, Any]) -> dict[str, Any]:
+    """The stages of the 8B-shape run beside the planner's, which the run's file may hold."""
+    from dataclasses import replace
+
+    from qll.scale.machines import machine_of
+    from qll.scale.planner import predict
+    from qll.scale.shapes import SHAPES
+    from qll.scale.stages import Settings
+
+    shape = replace(SHAPES["llama3-8b"], n_layers=int(run["blocks"]))
+    settings = Settings(0.6, "activation", 4096, 512, eval_tokens=0)
+    found = predict(shape, machine_of("cpu2"), settings)
+    predicted = {stage["name"]: stage["seconds"] for stage in found["stages"]}
+    measured = {name: value for name, value in run["stages"].items() if name in predicted}
+    return {name: compared(float(value), predicted[name]) for name, value in measured.items()}
+
+
+def one_core(rates: Any) -> Any:
+    """A machine of one worker at these rates whose disk costs nothing, as in processor time."""
+    from qll.scale.machines import Machine
+
+    return Machine("one core", 1, 1, rates, memory=1e12, disk=1e15)
+
+
+def compared(measured: float, predicted: float) -> dict[str, float]:
+    """Both, and predicted over measured."""
+    return {"measured": measured, "predicted": predicted, "ratio": predicted / measured}
+
+
+def known(rates: Any) -> Any:
+    """Rates with sizes as integers, which JSON has as words."""
+    return {kind: {int(n): value for n, value in sizes.items()} for kind, sizes in rates.items()}
+
+
+def versions() -> dict[str, str]:
+    """Packages that the seconds depend on."""
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("torch", "transformers", "numpy", "scipy")}
+
+
+def save(results: dict[str, Any]) -> None:
+    """Write the result file after every part."""
+    RESULT.parent.mkdir(exist_ok=True)
+    RESULT.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""How fast this machine is, measured: rates of every kind of operation, with one thread."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import scipy.linalg
+import torch
+from threadpoolctl import threadpool_limits
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from qll.model.blocks import run_block
+from qll.model.dense import sdpa_config
+from qll.scale.work import COUNTS, Rates
+
+SIZES = (256, 512, 1024, 2048)
+STREAM_BYTES = 1 << 27
+WIDE = 8192  # side of a matrix that no cache holds
+
+
+def measure(sizes: Sequence[int] = SIZES, repeats: int = 3) -> Rates:
+    """Operations a second by kind and size, in processor time of one thread; medians.
+
+    Processor time, because it is the same when others use the machine meanwhile.
+
+    >>> found = measure(sizes=(64,), repeats=1)
+    >>> from qll.scale.work import OTHERS
+    >>> sorted(found) == sorted([*COUNTS, *OTHERS])
+    True
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with threadpool_limits(1):
+            found = {
+                kind: {n: _rate(kind, n, repeats) for n in sizes}
+                for kind in COUNTS
+                if kind != "vector"
+            }
+            return found | {
+                "vector": {WIDE: _vector(repeats)},
+                "bytes": {1: _stream(repeats)},
+                "calls": {1: _calls(repeats)},
+                "fixed": {1: 1.0},
+            }
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _rate(kind: str, size: int, repeats: int) -> float:
+    generator = torch.Generator().manual_seed(size)
+    matrix = torch.randn(size, size, generator=generator, dtype=torch.float64)
+    squares = matrix @ matrix.T / size + torch.eye(size, dtype=torch.float64)
+    narrow, identity = matrix.float(), torch.eye(size, dtype=torch.float64)
+    tall = narrow[:, : size // 2].contiguous().numpy()
+
+    def cholesky() -> None:
+        torch.linalg.solve_triangular(torch.linalg.cholesky(squares), identity, upper=False)
+
+    actions: dict[str, Callable[[], object]] = {
+        "product": lambda: matrix @ squares,
+        "cholesky": cholesky,
+        "eigenvalues": lambda: torch.linalg.eigvalsh(squares),
+        "eigenvectors": lambda: torch.linalg.eigh(squares),
+        "pivots": lambda: scipy.linalg.qr(tall.T, mode="r", pivoting=True),
+        "forward": lambda: narrow @ narrow,
+    }
+    return COUNTS[kind](size) / _time(actions[kind], repeats)
+
+
+def _vector(repeats: int) -> float:
+    matrix, vector = torch.zeros(WIDE, WIDE), torch.zeros(WIDE)
+    return COUNTS["vector"](WIDE) / _time(lambda: matrix @ vector, repeats)
+
+
+def _calls(repeats: int) -> float:
+    """Blocks a second when there is next to nothing to compute in one."""
+    config = LlamaConfig(hidden_size=16, intermediate_size=16, num_attention_heads=2)
+    block, hidden = LlamaDecoderLayer(sdpa_config(config), 0).eval(), torch.zeros(1, 1, 16)
+    with torch.no_grad():
+        return 1 / _time(lambda: run_block(block, hidden), repeats)
+
+
+def _stream(repeats: int) -> float:
+    """Bytes read and written a second by a copy."""
+    numbers = torch.zeros(STREAM_BYTES // 8, dtype=torch.float64)
+    target = torch.empty_like(numbers)
+    return 2 * STREAM_BYTES / _time(lambda: target.copy_(numbers), repeats)
+
+
+def _time(action: Callable[[], object], repeats: int) -> float:
+    action()
+    return statistics.median(_once(action) for _ in range(repeats))
+
+
+def _once(action: Callable[[], object]) -> float:
+    rounds, start = 0, time.process_time()
+    while (spent := time.process_time() - start) < 0.05:
+        action()
+        rounds += 1
+    return spent / rounds

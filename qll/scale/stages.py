@@ -1,0 +1,174 @@
+"""The work of every stage of a conversion, in closed form from shapes and token counts.
+
+For one low-rank network per matrix in the activation or K-FAC metric, interpolative storage. Each
+function returns operations; planner.py turns them into seconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qll.scale.shapes import Shape
+from qll.scale.work import Operation
+
+MOMENT_PASSES = 12  # times a second moment moves through memory on its way to a root
+MATRIX_PASSES = 12  # and a weight, from the file to a network
+TEXT_SECONDS = 1.0  # to read and tokenise the built-in texts
+LOGIT_BYTES = 450.0  # that move for a logit of both models until they are compared
+# qll.evaluate.speed measures decoding and prefill of both models so often, on so many tokens
+REPEATS, DECODED, PROMPT = 4, 32, 512 + 64
+CALLS = 3.5  # overhead of a dense block and of a converted one, in dense blocks
+QR_LIMIT = 3e10  # rows x rank^2 beyond which pivots come from an LU (qll.tn.gauge)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a prediction assumes of the run."""
+
+    keep: float = 0.6
+    metric: str = "activation"
+    calib_tokens: int = 262144
+    context: int = 2048
+    eval_tokens: int = 4096
+    texts: int = 2
+    refine_tokens: int = 65536
+    passes: int = 0
+    """Passes of block refinement; 0 with --effort fast."""
+    itemsize: int = 2
+    """Bytes of a number in the files."""
+
+    @property
+    def gradients(self) -> bool:
+        """Whether gradients are calibrated."""
+        return self.metric == "kfac"
+
+
+def rank(out: int, into: int, keep: float) -> int:
+    """The rank whose interpolative storage is `keep` of the matrix: r (out + in - r) numbers.
+
+    >>> rank(4096, 4096, 0.75)
+    2048
+    """
+    both = out + into
+    return max(1, round((both - (both**2 - 4 * keep * out * into) ** 0.5) / 2))
+
+
+def legs(out: int, into: int, settings: Settings) -> list[int]:
+    """Sizes of the second moments of a matrix."""
+    return {"plain": [], "activation": [into], "kfac": [into, out]}[settings.metric]
+
+
+def whiten(out: int, into: int, settings: Settings) -> list[Operation]:
+    """Read a weight and its moments, and see the one through the other."""
+    work = [Operation("bytes", 8.0 * MATRIX_PASSES * out * into)]
+    for leg in legs(out, into, settings):
+        work += [
+            Operation("bytes", 8.0 * MOMENT_PASSES * leg**2),
+            Operation("cholesky", 4 / 3 * leg**3, leg),
+            Operation("product", 2.0 * out * into * leg, min(out, into)),
+        ]
+    return work
+
+
+def plan_matrix(out: int, into: int, settings: Settings) -> list[Operation]:
+    """Singular values of a matrix in its metric, from the Gram matrix of its short side."""
+    short = min(out, into)
+    return [
+        *whiten(out, into, settings),
+        Operation("product", 2.0 * out * into * short, short),
+        Operation("eigenvalues", 4 / 3 * short**3, short),
+    ]
+
+
+def fit_matrix(out: int, into: int, settings: Settings) -> list[Operation]:
+    """The factors, back out of the metric, in the interpolative gauge, and both errors."""
+    short, r = min(out, into), rank(out, into, settings.keep)
+    sides = legs(out, into, settings)
+    pivots = "pivots" if out * r * r <= QR_LIMIT else "product"
+    return [
+        *whiten(out, into, settings),
+        Operation("product", 2.0 * out * into * (short + 2 * r), short),
+        Operation("eigenvectors", 9.0 * short**3, short),
+        Operation(
+            "product", sum(2.0 * leg**2 * r + 4.0 * out * into * leg for leg in sides), short
+        ),
+        Operation(pivots, 2.0 * out * r * r, short),
+        Operation("product", 2.0 * r * r * (out + into) + 2 / 3 * r**3, r),
+    ]
+
+
+def calibrate(shape: Shape, settings: Settings) -> list[Operation]:
+    """Forward passes, with gradients a second one and a backward one; the sums of moments."""
+    tokens, linears = settings.calib_tokens, shape.linears.values()
+    passes = 3.0 if settings.gradients else 1.0
+    # q/k/v share one, gate/up another
+    inputs = [shape.d_model, shape.d_model, shape.n_heads * shape.d_head, shape.d_ff]
+    outputs = [out for out, _ in linears] if settings.gradients else []
+    windows = max(1, tokens // settings.context)
+    work = [_passes(shape, tokens, settings.context, passes)]
+    for size in [*inputs, *outputs]:
+        work.append(Operation("forward", float(tokens * size * (size + 256)), 256))
+        work.append(Operation("bytes", 10.0 * size**2 * windows))
+    work = [item.times(shape.n_layers) for item in work]
+    head = 2.0 * tokens * shape.d_vocab * shape.d_model * (2 if settings.gradients else 0)
+    return [*work, Operation("forward", head, shape.d_model), Operation("fixed", TEXT_SECONDS)]
+
+
+def refine(shape: Shape, settings: Settings) -> list[Operation]:
+    """Both streams through every block once more, and the training steps on seven eighths."""
+    if not settings.passes:
+        return []
+    trained = settings.passes * (3 * 7 / 8) + (settings.passes + 1) / 8 + 1
+    share = 1 + trained * settings.keep
+    one = _passes(shape, settings.refine_tokens, 512, share)
+    return [one.times(shape.n_layers)]
+
+
+def evaluate(shape: Shape, settings: Settings) -> list[Operation]:
+    """Both models over the texts, their logits compared, and the rates of both measured."""
+    tokens, both = settings.texts * settings.eval_tokens, 1 + settings.keep
+    head = shape.d_vocab * shape.d_model
+    steps = REPEATS * DECODED
+    weights = both * shape.n_layers * shape.block_params + 2 * head
+    return [
+        _passes(shape, tokens, 1024, both).times(shape.n_layers),
+        Operation("forward", 4.0 * tokens * head, shape.d_model),
+        Operation("bytes", LOGIT_BYTES * tokens * shape.d_vocab),
+        _passes(shape, REPEATS * PROMPT, 512, both).times(shape.n_layers),
+        Operation("vector", 2.0 * steps * weights, shape.d_model),
+        Operation("calls", CALLS * steps * shape.n_layers),
+        Operation("fixed", TEXT_SECONDS),
+    ]
+
+
+def write(shape: Shape, settings: Settings) -> float:
+    """Bytes that the converted checkpoint takes, written twice (cores, shards) and read twice."""
+    return 4.0 * converted_bytes(shape, settings)
+
+
+def converted_bytes(shape: Shape, settings: Settings) -> float:
+    """Bytes of the converted checkpoint."""
+    params = settings.keep * shape.n_layers * shape.block_params + shape.vocabulary_params
+    return settings.itemsize * params
+
+
+def moment_bytes(shape: Shape, settings: Settings) -> float:
+    """Bytes of the moments of all blocks on disk: upper triangles in float32."""
+    inputs = 2 * shape.d_model**2 + (shape.n_heads * shape.d_head) ** 2 + shape.d_ff**2
+    outputs = sum(out**2 for out, _ in shape.linears.values())
+    squares = {"plain": 0, "activation": inputs, "kfac": inputs + outputs}[settings.metric]
+    return 2.0 * squares * shape.n_layers
+
+
+def stream_bytes(shape: Shape, settings: Settings) -> float:
+    """Bytes of activations between blocks that a calibration keeps, float32."""
+    count = shape.n_layers + 3 if settings.gradients else 2
+    calibration = 4.0 * settings.calib_tokens * shape.d_model * count
+    return max(calibration, 16.0 * settings.refine_tokens * shape.d_model * bool(settings.passes))
+
+
+def _passes(shape: Shape, tokens: int, context: int, passes: float) -> Operation:
+    """Passes through one block; a backward pass to the inputs costs as much as a forward one."""
+    attention = 4.0 * tokens * context * shape.n_heads * shape.d_head
+    one = 2.0 * tokens * shape.block_params + attention
+    return Operation("forward", passes * one, shape.d_model)
