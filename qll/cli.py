@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         name = words.pop(0) if words and not words[0].startswith("-") else "run"
-        if name == "sae" and words[:1] == ["train"]:
+        if words and f"{name} {words[0]}" in VERBS:
             name = f"{name} {words.pop(0)}"
         if name not in VERBS:
             raise UsageError(
