@@ -28,6 +28,7 @@ ROOMS = (
     "evaluate",
     "lens",
     "saetrain",
+    "bytelm",
     "report",
     "runfolder",
     "runtexts",

@@ -1,0 +1,62 @@
+"""Causal softmax attention over a window, with rotary positions and a cache of keys and values."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from qll.bytelm.config import ModelConfig
+from qll.bytelm.rotary import Angles, rotate
+from qll.bytelm.state import LayerState
+
+
+class Attention(nn.Module):
+    """softmax(q k^T / sqrt(d_head)) v, each position over the last `context` ones, itself included.
+
+    Its state is (keys, values)[batch, n_heads, at most context - 1, d_head].
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.n_heads, self.d_head = config.n_heads, config.d_head
+        self.context = config.context
+        self.qkv = nn.Linear(config.d_model, 3 * config.d_model, bias=False)
+        self.out = nn.Linear(config.d_model, config.d_model, bias=False)
+
+    def initial_state(self, like: Float[Tensor, "batch d_model"]) -> LayerState:
+        """No keys, no values; `like` gives batch size, device and dtype."""
+        empty = like.new_zeros(len(like), self.n_heads, 0, self.d_head)
+        return (empty, empty)
+
+    def forward(
+        self, x: Float[Tensor, "batch seq d_model"], state: LayerState, angles: Angles
+    ) -> tuple[Float[Tensor, "batch seq d_model"], LayerState]:
+        """What each position reads, and the state after the last one."""
+        batch, seq, d_model = x.shape
+        parts = self.qkv(x).view(batch, seq, 3, self.n_heads, self.d_head).permute(2, 0, 3, 1, 4)
+        queries, keys, values = parts[0], parts[1], parts[2]
+        queries, keys = rotate(queries, angles), rotate(keys, angles)
+        past = state[0].shape[2]
+        if past:
+            keys = torch.cat((state[0], keys.to(state[0].dtype)), dim=2)
+            values = torch.cat((state[1], values.to(state[1].dtype)), dim=2)
+            keys, values = keys.to(queries.dtype), values.to(queries.dtype)
+        plain = not past and seq <= self.context
+        read = functional.scaled_dot_product_attention(
+            queries,
+            keys,
+            values,
+            attn_mask=None if plain else self._mask(seq, past, x.device),
+            is_causal=plain,
+        )
+        kept = max(0, keys.shape[2] - self.context + 1)
+        after = (keys[:, :, kept:], values[:, :, kept:])
+        return self.out(read.transpose(1, 2).reshape(batch, seq, d_model)), after
+
+    def _mask(self, seq: int, past: int, device: torch.device) -> Bool[Tensor, "seq all"]:
+        """Which keys each query sees: none of the future, none before its window."""
+        query = torch.arange(past, past + seq, device=device)[:, None]
+        key = torch.arange(past + seq, device=device)[None, :]
+        return (key <= query) & (key > query - self.context)

@@ -1,0 +1,85 @@
+"""The byte model: bytes -> vectors -> blocks -> logits of the next byte.
+
+`forward` reads whole sequences at once, which is how it learns; `step` goes on from a state, which
+is how it writes and how it carries what it read from one segment to the next. Both compute the
+same function.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from qll.bytelm.block import Block
+from qll.bytelm.config import VOCAB, ModelConfig
+from qll.bytelm.norm import RMSNorm
+from qll.bytelm.rotary import position_angles
+from qll.bytelm.state import State
+
+
+class ByteModel(nn.Module):
+    """A causal language model over bytes; logits at t predict the byte at t + 1.
+
+    >>> model = ByteModel(ModelConfig(d_model=32, n_layers=1, context=8))
+    >>> model(torch.tensor([[104, 105]])).shape
+    torch.Size([1, 2, 256])
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(VOCAB, config.d_model)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.norm = RMSNorm(config.d_model)
+        self.head = nn.Linear(config.d_model, VOCAB, bias=False)
+        self._initialise()
+        if config.tie:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, ids: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq 256"]:
+        """Logits of the byte after each of `ids`."""
+        return self.step(ids, self.initial_state(len(ids), ids.device))[0]
+
+    def initial_state(self, batch: int, device: torch.device | str | None = None) -> State:
+        """The state before the first byte."""
+        weight = self.embedding.weight
+        like = weight.new_zeros(batch, self.config.d_model, device=device or weight.device)
+        return State(0, tuple(block.mixer.initial_state(like) for block in self.blocks))
+
+    def step(
+        self, ids: Int[Tensor, "batch seq"], state: State
+    ) -> tuple[Float[Tensor, "batch seq 256"], State]:
+        """Logits of the byte after each of `ids`, which follow those of `state`, and the new state.
+
+        >>> model = ByteModel(ModelConfig(d_model=32, n_layers=1, context=8)).eval()
+        >>> ids = torch.tensor([[1, 2, 3]])
+        >>> first, state = model.step(ids[:, :2], model.initial_state(1))
+        >>> last, state = model.step(ids[:, 2:], state)
+        >>> torch.cat((first, last), dim=1).allclose(model(ids), atol=1e-5), state.position
+        (True, 3)
+        """
+        x = self.embedding(ids)
+        angles = position_angles(
+            state.position, ids.shape[1], self.config.d_head, x.device, x.dtype
+        )
+        layers = []
+        for block, layer in zip(self.blocks, state.layers, strict=True):
+            x, layer = block(x, layer, angles)
+            layers.append(layer)
+        return self.head(self.norm(x)), State(state.position + ids.shape[1], tuple(layers))
+
+    def num_params(self) -> int:
+        """Numbers that the model holds; a tied head counts once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def _initialise(self) -> None:
+        """Small normal weights; those that write to the stream smaller the more of them there are.
+
+        (Radford et al. 2019, section 2.3.)
+        """
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                writes = name.endswith(("out.weight", "down.weight"))
+                std = (2 * self.config.n_layers) ** -0.5 if writes else 1.0
+                nn.init.normal_(parameter, std=0.02 * std)
