@@ -24,12 +24,12 @@ from qll.errors import IntegrityError, TextError, UsageError
 ALIGNMENT = 3  # bytes a window may move to begin with a character
 
 
-class MemoryEfficientByteDataset(torch.utils.data.Dataset):
+class MemoryEfficientByteDataset:
     """Windows of one packed text: inputs int64[seq_length] and their next bytes.
 
     Raises TextError for a text of less than two windows.
 
-    >>> import tempfile; from qll.bytelm.documents import Document; from qll.bytelm.packed import pack
+    >>> import tempfile; from qll.bytelm.packed import Document, pack
     >>> path = pack([Document("a", b"abcdefghijkl")], Path(tempfile.mkdtemp()) / "packed")
     >>> windows = MemoryEfficientByteDataset(path, seq_length=2)
     >>> inputs, targets = windows[0]
@@ -84,7 +84,7 @@ class BatchLoader:
     `next()` gives int64[batch_size, seq_length] inputs and targets, on `device`; the batch of all
     ranks together has world * batch_size rows.
 
-    >>> import tempfile; from qll.bytelm.documents import Document; from qll.bytelm.packed import pack
+    >>> import tempfile; from qll.bytelm.packed import Document, pack
     >>> path = pack([Document("a", b"abcdefghijkl")], Path(tempfile.mkdtemp()) / "packed")
     >>> loader = BatchLoader([MemoryEfficientByteDataset(path, 2)], batch_size=3)
     >>> inputs, targets = loader.next()
