@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qll.bytelm.config import ModelConfig
-from qll.bytelm.rotary import Angles, rotate
+from qll.bytelm.context import Context
+from qll.bytelm.rotary import rotate
 from qll.bytelm.state import LayerState
 
 
@@ -31,13 +32,13 @@ class Attention(nn.Module):
         return (empty, empty)
 
     def forward(
-        self, x: Float[Tensor, "batch seq d_model"], state: LayerState, angles: Angles
+        self, x: Float[Tensor, "batch seq d_model"], state: LayerState, context: Context
     ) -> tuple[Float[Tensor, "batch seq d_model"], LayerState]:
         """What each position reads, and the state after the last one."""
         batch, seq, d_model = x.shape
         parts = self.qkv(x).view(batch, seq, 3, self.n_heads, self.d_head).permute(2, 0, 3, 1, 4)
         queries, keys, values = parts[0], parts[1], parts[2]
-        queries, keys = rotate(queries, angles), rotate(keys, angles)
+        queries, keys = rotate(queries, context.angles), rotate(keys, context.angles)
         past = state[0].shape[2]
         if past:
             keys = torch.cat((state[0], keys.to(state[0].dtype)), dim=2)

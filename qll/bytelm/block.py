@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from qll.bytelm.attention import Attention
 from qll.bytelm.config import ModelConfig
+from qll.bytelm.context import Context
 from qll.bytelm.feedforward import FeedForward
 from qll.bytelm.norm import RMSNorm
-from qll.bytelm.rotary import Angles
 from qll.bytelm.state import LayerState
 
 
@@ -25,9 +25,9 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Float[Tensor, "batch seq d_model"], state: LayerState, angles: Angles
+        self, x: Float[Tensor, "batch seq d_model"], state: LayerState, context: Context
     ) -> tuple[Float[Tensor, "batch seq d_model"], LayerState]:
         """The stream after the block, and the block's state after the last position."""
-        read, state = self.mixer(self.mixer_norm(x), state, angles)
+        read, state = self.mixer(self.mixer_norm(x), state, context)
         x = x + self.dropout(read)
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x))), state

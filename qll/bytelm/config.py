@@ -145,6 +145,33 @@ class WeightConfig:
 
 
 @dataclass(frozen=True)
+class LossConfig:
+    """What is minimised beside the cross-entropy; every weight of an energy is 0 by default."""
+
+    coherence: float = 0.0
+    """Weight of the neighbour energy: 1 - mean cos of the phase difference of neighbours."""
+    interference: float = 0.0
+    """Weight of the all-pairs energy: the same over every two positions."""
+    entanglement: float = 0.0
+    """Weight of 1 - entropy across the middle cut of the state over the largest possible."""
+    unlikelihood: float = 0.0
+    """Weight of the unlikelihood of repeating what followed the same few bytes before."""
+    codebook: float = 0.25
+    """Weight of the concept layer's own loss, when there is one."""
+    width: float = 0.01
+    """Weight of the open share of feed-forward channels, when positions choose it."""
+    weighting: Literal["constant", "ramp", "uncertainty"] = "constant"
+    """ramp: weights grow linearly over the first half; uncertainty: they are learned."""
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if name != "weighting" and not 0 <= value < math.inf:
+                raise UsageError(
+                    "not a weight", where=name, expected="a number of at least 0", found=value
+                )
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Everything that fixes the shapes and the function of a byte model but its numbers."""
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from qll.bytelm.block import Block
 from qll.bytelm.config import VOCAB, ModelConfig
+from qll.bytelm.context import Context, Notes
 from qll.bytelm.norm import RMSNorm
 from qll.bytelm.rotary import position_angles
 from qll.bytelm.state import State
@@ -48,9 +49,11 @@ class ByteModel(nn.Module):
         return State(0, tuple(block.mixer.initial_state(like) for block in self.blocks))
 
     def step(
-        self, ids: Int[Tensor, "batch seq"], state: State
+        self, ids: Int[Tensor, "batch seq"], state: State, notes: Notes | None = None
     ) -> tuple[Float[Tensor, "batch seq 256"], State]:
         """Logits of the byte after each of `ids`, which follow those of `state`, and the new state.
+
+        notes: where layers leave what the losses ask for.
 
         >>> model = ByteModel(ModelConfig(d_model=32, n_layers=1, context=8)).eval()
         >>> ids = torch.tensor([[1, 2, 3]])
@@ -63,10 +66,12 @@ class ByteModel(nn.Module):
         angles = position_angles(
             state.position, ids.shape[1], self.config.d_head, x.device, x.dtype
         )
+        context = Context(state.position, angles, notes)
         layers = []
         for block, layer in zip(self.blocks, state.layers, strict=True):
-            x, layer = block(x, layer, angles)
+            x, layer = block(x, layer, context)
             layers.append(layer)
+        context.note("stream", x)
         return self.head(self.norm(x)), State(state.position + ids.shape[1], tuple(layers))
 
     def num_params(self) -> int:
