@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from qll.bytelm.evaluate import BOUNDARY
 from qll.bytelm.model import ByteModel
@@ -73,18 +71,20 @@ def log_probabilities(model: ByteModel, prompt: bytes, texts: Sequence[bytes]) -
     >>> log_probabilities(model, b"ab", [b""])
     [0.0]
     """
-    rows = [[BOUNDARY, *prompt, *text] for text in texts]
-    longest = max(map(len, rows))
-    padded = torch.tensor([row + [BOUNDARY] * (longest - len(row)) for row in rows])
-    logits = model(padded.to(model.embedding.weight.device)).float().cpu()
-    log_probs = _of_next(logits, padded)
-    start = len(prompt)
+    device = model.embedding.weight.device
+    longest = max(map(len, texts), default=0)
+    if longest == 0:
+        return [0.0] * len(texts)
+    start = torch.tensor([[BOUNDARY, *prompt]], device=device)
+    first, state = model.step(start, model.initial_state(1, device))
+    # the prompt is read once: its state is shared by all texts
+    state = state.map(lambda tensor: tensor.expand(len(texts), *tensor.shape[1:]))
+    ids = torch.tensor([[*text, *[BOUNDARY] * (longest - len(text))] for text in texts])
+    logits = first[:, -1:].expand(len(texts), -1, -1)
+    if longest > 1:
+        later, _ = model.step(ids[:, :-1].to(device), state)
+        logits = torch.cat((logits, later), dim=1)
+    log_probs = logits.float().log_softmax(-1).cpu().gather(-1, ids[..., None])[..., 0]
     return [
-        float(row[start : start + len(text)].double().sum())
-        for row, text in zip(log_probs, texts, strict=True)
+        float(row[: len(text)].double().sum()) for row, text in zip(log_probs, texts, strict=True)
     ]
-
-
-def _of_next(logits: Float[Tensor, "batch seq 256"], ids: Tensor) -> Float[Tensor, "batch next"]:
-    """Log probability of each byte but the first."""
-    return logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]

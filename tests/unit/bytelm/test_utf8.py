@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from qll.bytelm.utf8 import Utf8State, state_after
 from qll.errors import TextError
 
-
 TAILS = (b"", b"\x80", b"\x80\x80", b"\x80\x80\x80", b"\xa0\x80", b"\x90\x80\x80")
 
 
