@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from qll.bytelm.config import ModelConfig
 from qll.bytelm.context import Context
+from qll.bytelm.linears import linear
 from qll.bytelm.rotary import rotate
 from qll.bytelm.state import LayerState
 
@@ -23,8 +24,8 @@ class Attention(nn.Module):
         super().__init__()
         self.n_heads, self.d_head = config.n_heads, config.d_head
         self.context = config.context
-        self.qkv = nn.Linear(config.d_model, 3 * config.d_model, bias=False)
-        self.out = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.qkv = linear(config, config.d_model, 3 * config.d_model)
+        self.out = linear(config, config.d_model, config.d_model)
 
     def initial_state(self, like: Float[Tensor, "batch d_model"]) -> LayerState:
         """No keys, no values; `like` gives batch size, device and dtype."""

@@ -9,7 +9,7 @@ from qll.bytelm.attention import Attention
 from qll.bytelm.config import ModelConfig
 from qll.bytelm.context import Context
 from qll.bytelm.feedforward import FeedForward
-from qll.bytelm.norm import RMSNorm
+from qll.bytelm.linears import norm
 from qll.bytelm.state import LayerState
 
 
@@ -18,9 +18,9 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.mixer_norm = RMSNorm(config.d_model)
+        self.mixer_norm = norm(config, config.d_model)
         self.mixer = Attention(config)
-        self.feed_forward_norm = RMSNorm(config.d_model)
+        self.feed_forward_norm = norm(config, config.d_model)
         self.feed_forward = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 

@@ -119,7 +119,7 @@ class ConceptConfig:
 class WeightConfig:
     """How the linear layers of the blocks are stored and used."""
 
-    format: Literal["dense", "lowrank", "mpo", "tucker", "tree", "kron"] = "dense"
+    format: Literal["dense", "lowrank", "mpo", "tree", "kron"] = "dense"
     """Tensor network in place of every dense linear of the blocks."""
     keep: float = 0.5
     """Share of a linear's parameters that its network keeps, in (0, 1]."""
@@ -138,6 +138,8 @@ class WeightConfig:
         require_positive("weights.lora_rank", self.lora_rank, least=0)
         if not 0 < self.lora_alpha < math.inf:
             raise UsageError("must be positive", where="lora_alpha", found=self.lora_alpha)
+        if self.lora_rank and self.format != "dense":
+            raise UsageError("adapters need dense weights", where="lora_rank", found=self.format)
         if self.lora_train_only and not self.lora_rank:
             raise UsageError(
                 "needs adapters", where="lora_train_only", hint="set lora_rank, for instance 32"
@@ -209,6 +211,8 @@ class ModelConfig:
             raise UsageError("must be even and positive", where="d_ff", found=self.d_ff)
         if not 0 <= self.dropout < 1:
             raise UsageError("out of range", where="dropout", expected="[0, 1)", found=self.dropout)
+        if self.weights.lora_rank and self.stream.numbers == "complex":
+            raise UsageError("adapters are real", where="lora_rank", hint="use a real stream")
         groups = self.weights.width_groups
         if groups and self.d_hidden % (2 * groups):
             raise UsageError(

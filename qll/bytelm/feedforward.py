@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional
 
 from qll.bytelm.config import ModelConfig
+from qll.bytelm.linears import gate, linear
 
 
 class FeedForward(nn.Module):
@@ -14,10 +14,11 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(config.d_model, 2 * config.d_hidden, bias=False)
-        self.down = nn.Linear(config.d_hidden, config.d_model, bias=False)
+        self.gate_up = linear(config, config.d_model, 2 * config.d_hidden)
+        self.down = linear(config, config.d_hidden, config.d_model)
+        self.activation = gate(config, config.d_hidden)
 
     def forward(self, x: Float[Tensor, "batch seq d_model"]) -> Float[Tensor, "batch seq d_model"]:
         """The layer's output."""
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(functional.silu(gate) * up)
+        gates, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(self.activation(gates, up))

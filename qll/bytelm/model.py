@@ -11,10 +11,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from qll.bytelm.adapter import freeze_base
 from qll.bytelm.block import Block
 from qll.bytelm.config import VOCAB, ModelConfig
 from qll.bytelm.context import Context, Notes
-from qll.bytelm.norm import RMSNorm
+from qll.bytelm.initial import initialise
+from qll.bytelm.linears import norm
 from qll.bytelm.rotary import position_angles
 from qll.bytelm.state import State
 
@@ -32,11 +34,13 @@ class ByteModel(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(VOCAB, config.d_model)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
-        self.norm = RMSNorm(config.d_model)
+        self.norm = norm(config, config.d_model)
         self.head = nn.Linear(config.d_model, VOCAB, bias=False)
-        self._initialise()
+        initialise(self, config.n_layers)
         if config.tie:
             self.head.weight = self.embedding.weight
+        if config.weights.lora_train_only:
+            freeze_base(self)
 
     def forward(self, ids: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq 256"]:
         """Logits of the byte after each of `ids`."""
@@ -77,14 +81,3 @@ class ByteModel(nn.Module):
     def num_params(self) -> int:
         """Numbers that the model holds; a tied head counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
-
-    def _initialise(self) -> None:
-        """Small normal weights; those that write to the stream smaller the more of them there are.
-
-        (Radford et al. 2019, section 2.3.)
-        """
-        for name, parameter in self.named_parameters():
-            if parameter.ndim == 2:
-                writes = name.endswith(("out.weight", "down.weight"))
-                std = (2 * self.config.n_layers) ** -0.5 if writes else 1.0
-                nn.init.normal_(parameter, std=0.02 * std)
