@@ -17,6 +17,7 @@ from typing import Any
 
 import tyro
 
+from qll.bytelm.verb_settings import LmCompareConfig, LmGenerateConfig, LmMonitorConfig
 from qll.config import (
     EvalConfig,
     ExportConfig,
@@ -189,6 +190,31 @@ def sae_train(config: SAETrainConfig) -> None:
     print(f"autoencoders: {config.out} (use with --sae_dir)")
 
 
+def lm_generate(config: LmGenerateConfig) -> None:
+    """Print a continuation: as it is written, or the best of several."""
+    from qll.bytelm import writing
+    from qll.pipeline import choose_device
+
+    for piece in writing.write(config, choose_device(config.device)):
+        print(piece, end="", flush=True)
+    print()
+
+
+def lm_monitor(config: LmMonitorConfig) -> None:
+    """Show a run until it ends."""
+    from qll.bytelm.monitor import watch
+
+    watch(config.run, config.every)
+
+
+def lm_compare(config: LmCompareConfig) -> None:
+    """Print the paired tables of several models."""
+    from qll.bytelm import writing
+    from qll.pipeline import choose_device
+
+    print(writing.compare(config, choose_device(config.device)))
+
+
 VERBS = {
     "run": Verb(MainConfig, run, "the main job (also without a verb)"),
     "inspect": Verb(InspectConfig, inspect, "dimensions, connectivity, parameters, bytes"),
@@ -202,6 +228,9 @@ VERBS = {
     "export": Verb(ExportConfig, export, "write a plain Llama, or factors as pairs of linears"),
     "report": Verb(ReportConfig, report, "draw the page and the table again"),
     "sae train": Verb(SAETrainConfig, sae_train, "train sparse autoencoders on activations"),
+    "lm generate": Verb(LmGenerateConfig, lm_generate, "continue a prompt with a byte model"),
+    "lm monitor": Verb(LmMonitorConfig, lm_monitor, "watch a run of `lm train`"),
+    "lm compare": Verb(LmCompareConfig, lm_compare, "byte models side by side on prompts"),
 }
 
 

@@ -174,7 +174,7 @@ def _prompt_ids(prompt: bytes, context: int, slide: bool) -> Int[Tensor, "1 seq"
             where="--prompt",
             expected=f"at most {context - 1} bytes",
             found=len(prompt),
-            hint="shorten it, or give --slide True to read only its end",
+            hint="shorten it, or give --slide to read only its end",
         )
     ids = torch.tensor([[BOUNDARY, *prompt]], dtype=torch.long)
     return ids[:, -context:]
