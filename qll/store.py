@@ -169,7 +169,7 @@ def append_line(path: Path, value: Mapping[str, Any]) -> None:
 
     A last line torn by a kill is closed first, so that it cannot swallow the new one.
     """
-    line = json.dumps(value, allow_nan=False).encode() + b"\n"
+    line = _line(value)
     try:
         with open(path, "a+b") as file:
             if file.tell():
@@ -180,6 +180,11 @@ def append_line(path: Path, value: Mapping[str, Any]) -> None:
             os.fsync(file.fileno())
     except OSError as error:
         raise _output_error(path, error) from error
+
+
+def write_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
+    """Replace `path` by one JSON line for each of `values`, atomically."""
+    write_pieces(path, map(_line, values))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -278,6 +283,10 @@ def _replacing(path: Path) -> Iterator[Path]:
         if "os error 28" in str(error):
             raise _disk_full(path) from error
         raise
+
+
+def _line(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, allow_nan=False).encode() + b"\n"
 
 
 def _sha256_of_values(values: Mapping[str, Any]) -> str:

@@ -59,7 +59,8 @@ def local_parts(
             trained, held = documents, find_documents(validation, pattern) if not number else []
         else:
             trained, held = split_documents(documents)
-        weight = weights[number] if weights else float(max(1, sum(map(len, trained))))
+        facts["trained_bytes"] = sum(map(len, trained))
+        weight = weights[number] if weights else float(max(1, facts["trained_bytes"]))
         parts.append(Part(path.name, weight, _again(trained), _again(held), facts))
     if validation:
         check_documents(parts[0].held_out())

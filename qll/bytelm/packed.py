@@ -7,7 +7,7 @@ then: resident memory does not grow with the corpus.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from qll.errors import IntegrityError, TextError
 
 RELEASE_EVERY = 256  # gathers between two returns of pages to the system
 SCAN = 16 << 20  # bytes searched for boundaries at once
+MOST_SAMPLED = 16  # documents
 
 
 def pack(documents: Iterable[Document], path: Path, limit: int | None = None) -> Path:
@@ -102,18 +103,12 @@ class PackedText:
         following = self.gather(starts, 4)
         return starts + ((following & 0xC0) != 0x80).argmax(axis=1)
 
-    def documents(self, limit: int | None = None) -> list[np.ndarray]:
-        """Views of the documents without their boundaries, whole ones of `limit` bytes or so.
-
-        With a limit they are the first parts of documents taken evenly from all of the text, at
-        most a sixteenth of the limit of each. Raises TextError when there is none.
-        """
+    def documents(self) -> list[np.ndarray]:
+        """Views of the documents without their boundaries; raises TextError when there is none."""
         edges = self._boundaries()
         spans = [(a + 1, b) for a, b in pairwise(edges) if b > a + 1]
         if not spans:
             raise TextError("no document", where=self.path, hint="give a longer text")
-        if limit is not None:
-            spans = _sample(spans, limit)
         return [self.bytes[start:stop] for start, stop in spans]
 
     def _boundaries(self) -> list[int]:
@@ -124,11 +119,19 @@ class PackedText:
         return found
 
 
-def _sample(spans: list[tuple[int, int]], limit: int) -> list[tuple[int, int]]:
-    """Evenly spaced spans, cut short, of `limit` bytes together at most."""
-    if sum(stop - start for start, stop in spans) <= limit:
-        return spans
-    count = min(len(spans), 16)
-    chosen = [spans[i * len(spans) // count] for i in range(count)]
-    each = max(1, limit // count)
-    return [(start, min(stop, start + each)) for start, stop in chosen]
+def sample(documents: Sequence[np.ndarray], limit: int) -> list[np.ndarray]:
+    """Beginnings of at most 16 documents, evenly spaced, of `limit` bytes together at most.
+
+    >>> [len(part) for part in sample([np.zeros(9, np.uint8), np.zeros(99, np.uint8)], 20)]
+    [9, 10]
+    """
+    if total_bytes(documents) <= limit:
+        return list(documents)
+    count = min(len(documents), MOST_SAMPLED, limit)
+    chosen = [documents[i * len(documents) // count] for i in range(count)]
+    return [document[: limit // count] for document in chosen]
+
+
+def total_bytes(documents: Sequence[np.ndarray]) -> int:
+    """Bytes of all of them."""
+    return sum(map(len, documents))

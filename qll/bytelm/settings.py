@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qll.bytelm.config import LossConfig, ModelConfig
+from qll.bytelm.runfiles import model_folder
 from qll.bytelm.stages import Stage, stages_of
 from qll.errors import UsageError
 from qll.options import Device
@@ -29,7 +30,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "batch_size": 16,
         "accumulate_steps": 1,
     },
-    # the founding documents' improved run; its learning rate of 5e-5 is low for a start from nothing
+    # the founding documents' improved run; their learning rate of 5e-5 is low without pretraining
     "improved": {
         "model_dim": 768,
         "num_layers": 12,
@@ -46,6 +47,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 DEFAULT_EPOCHS = 3.0  # when no length is given at all
+# flags of the founding scripts that are called otherwise here
+SEED_FLAGS = {
+    "--checkpoint_dir": "--out",
+    "--gradient_accumulation_steps": "--accumulate_steps",
+    "--phase_coh": "--coherence",
+    "--coherence_weight": "--coherence",
+    "--energy_weight": "--interference",
+    "--no_amp": "--precision=float32",
+}
 
 
 @dataclass(frozen=True)
@@ -143,7 +153,7 @@ class WatchSettings:
     """Steps between two checkpoints; default: one a minute."""
     val_every: int | None = None
     """Steps between two validations; default: twenty in the run."""
-    val_max_chunks: int = 256
+    val_max_chunks: int = 128
     """Windows' worth of held-out text per validation."""
     eval_bytes: int = 262_144
     """Held-out bytes measured at the end; `qll lm eval` measures all of them."""
@@ -209,25 +219,30 @@ class LMTrainConfig:
         return replace(self, size=size, learning=learning)
 
     def model_config(self) -> ModelConfig:
-        """The model to train: --model_args, then sizes, then --set.
+        """The model to train: --model_args or --checkpoint, then sizes, then --set.
 
         Raises UsageError for a setting the model does not have.
 
-        >>> config = LMTrainConfig(
-        ...     data=(Path("text"),), size=SizeSettings(num_layers=2, set=("stream.phase=rotation",))
-        ... )
-        >>> config.model_config().n_layers, config.model_config().stream.phase
+        >>> size = SizeSettings(num_layers=2, set=("stream.phase=rotation",))
+        >>> found = LMTrainConfig(data=(Path("text"),), size=size).model_config()
+        >>> found.n_layers, found.stream.phase
         (2, 'rotation')
         """
         size = self.size
         if size.model_args is not None:
             value = _model_args(size.model_args)
+        elif size.checkpoint is not None:
+            value = _model_args(model_folder(size.checkpoint) / "model.json")
         else:
             size, value = self.resolved().size, ModelConfig().to_dict()
         for name, place in _PLACES.items():
             given = getattr(size, name)
             if given is not None and given is not False:
                 _put(value, place, given)
+        first = self.curriculum()[0].d_model
+        if first is not None and first != value["d_model"]:
+            _put(value, "n_heads", max(1, value["n_heads"] * first // value["d_model"]))
+            _put(value, "d_model", first)
         for item in size.set:
             place, equals, text = item.partition("=")
             if not equals:
@@ -350,7 +365,7 @@ def _check_numbers(config: LMTrainConfig) -> None:
         )
 
 
-def _require(name: str, value: float | None, least: float, exclusive: bool = False) -> None:
+def _require(name: str, value: float | int | None, least: int, exclusive: bool = False) -> None:
     if value is None:
         return
     if not least <= value < float("inf") or (exclusive and value == least):

@@ -51,10 +51,10 @@ STAGES: dict[str, tuple[Stage, ...]] = {
     "language_first": (Stage("language", 0.7, scale=0.0), Stage("structure", 0.3)),
     # epochs and weights of the founding document, its energies with the right sign
     "seed": (
-        Stage("phase_alignment", 2, (("interference", 0.001), ("coherence", 0.02))),
-        Stage("local_interference", 3, (("interference", 0.02), ("coherence", 0.005))),
-        Stage("global_interference", 4, (("interference", 0.015), ("coherence", 0.01))),
-        Stage("concept_learning", 5, (("interference", 0.01), ("coherence", 0.005))),
+        Stage("phase_alignment", 2.0, (("interference", 0.001), ("coherence", 0.02))),
+        Stage("local_interference", 3.0, (("interference", 0.02), ("coherence", 0.005))),
+        Stage("global_interference", 4.0, (("interference", 0.015), ("coherence", 0.01))),
+        Stage("concept_learning", 5.0, (("interference", 0.01), ("coherence", 0.005))),
     ),
     "growth": (
         Stage("256 channels", 0.4, d_model=256),
@@ -102,6 +102,17 @@ def stage_at(stages: Sequence[Stage], share: float) -> int:
     return len(stages) - 1
 
 
+def all_losses(stages: Sequence[Stage], losses: LossConfig) -> LossConfig:
+    """The run's `losses` with the largest weight that each has in any stage.
+
+    >>> all_losses(STAGES["seed"], LossConfig()).coherence
+    0.02
+    """
+    found = [dataclasses.asdict(stage.weights(losses)) for stage in stages]
+    names = [name for name, value in found[0].items() if isinstance(value, float)]
+    return dataclasses.replace(losses, **{name: max(f[name] for f in found) for name in names})
+
+
 def _stage(name: str, item: Any) -> Stage:
     known = {field.name for field in dataclasses.fields(Stage)}
     if not isinstance(item, dict) or "name" not in item or set(item) - known:
@@ -113,10 +124,12 @@ def _stage(name: str, item: Any) -> Stage:
         LossConfig(**losses)  # names and numbers are checked there
     except TypeError as error:
         raise _not_stages(name, str(error)) from None
-    stage = Stage(**(item | {"losses": tuple(losses.items())}))
-    if not isinstance(stage.share, int | float) or not 0 < stage.share < float("inf"):
-        raise _not_stages(name, f"share {stage.share}")
-    return stage
+    share, width = item.get("share", 1.0), item.get("d_model")
+    if type(share) not in (int, float) or not 0 < share < float("inf"):
+        raise _not_stages(name, f"share {share}")
+    if width is not None and (type(width) is not int or width < 1):
+        raise _not_stages(name, f"d_model {width}")
+    return Stage(**(item | {"losses": tuple(losses.items()), "share": float(share)}))
 
 
 def _not_stages(name: str, found: str) -> UsageError:

@@ -37,6 +37,7 @@ ROOMS = (
     "runplan",
     "pipeline",
     "saejob",
+    "lmjob",
     "api",
     "cli",
 )
