@@ -47,7 +47,7 @@ def conjugate_product(
 
 
 def scale_pairs(
-    z: Float[Tensor, "*batch channels"], scale: Float[Tensor, "*batch pairs"]
+    z: Float[Tensor, "*batch channels"], scale: Float[Tensor, "*pairs"]
 ) -> Float[Tensor, "*batch channels"]:
     """Every pair times a real number of its own.
 
