@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test lint docs saes bench-main_job bench-quality bench-sae clean
+.PHONY: install demo test lint docs saes bench-main_job bench-quality bench-sae bench-bytelm clean
 
 install: $(VENV)/.installed
 
@@ -60,6 +60,14 @@ saes: install
 # --peers DIR: a folder that `pip install --target DIR eai-sparsify sae-lens` filled
 bench-sae: install
 	$(BIN)/python benchmarks/sae.py $(if $(PEERS),--peers $(PEERS))
+
+# a day on two cores; cells are in `python benchmarks/bytelm.py --list`, and a killed one resumes
+bench-bytelm: install
+	mkdir -p benchmarks/.cache
+	test -n "$(wildcard benchmarks/.cache/anarchism_*.deb)" || \
+		(cd benchmarks/.cache && apt-get download anarchism)
+	$(BIN)/python benchmarks/bytelm.py
+	$(BIN)/python benchmarks/results_page.py
 
 docs: install
 	$(BIN)/python benchmarks/results_page.py

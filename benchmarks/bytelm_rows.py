@@ -30,6 +30,7 @@ from qll.bytelm.runfiles import RunFiles
 from qll.bytelm.sampling import SamplingOptions
 from qll.bytelm.saved import load_model
 from qll.bytelm.settings import LMTrainConfig, SizeSettings
+from qll.bytelm.sizing import count_parameters
 
 SCORED = 262_144  # held-out bytes that score a short run; long runs are scored on all of them
 WIDTH_STEP = 8  # feed-forward channels between two candidates for equal parameters
@@ -49,27 +50,18 @@ def config_of(settings: tuple[str, ...]) -> ModelConfig:
     return LMTrainConfig(data=(Path("text"),), size=size).model_config()
 
 
-def num_params(config: ModelConfig) -> int:
-    """Parameters of a model, without making its numbers.
-
-    >>> num_params(ModelConfig(d_model=32, n_layers=1, d_ff=32)) > 2 * 256 * 32
-    True
-    """
-    with torch.device("meta"):
-        return ByteModel(config).num_params()
-
-
 def matched_width(settings: tuple[str, ...]) -> int:
     """Feed-forward channels with which these settings have the plain twin's parameters, nearly.
 
-    The nearest multiple of 8 (of what the width's groups ask for, if that is more).
+    The nearest multiple of 8, so that a tensor network has legs to split, or of what the groups of
+    a dynamic width ask for.
     """
-    target = num_params(config_of(()))
+    target = count_parameters(config_of(()))
     groups = config_of(settings).weights.width_groups
     step = max(WIDTH_STEP, 2 * groups)
 
     def params(multiple: int) -> int:
-        return num_params(config_of((*settings, f"d_ff={multiple * step}")))
+        return count_parameters(config_of((*settings, f"d_ff={multiple * step}")))
 
     low, high = 1, MOST_WIDTH // step
     while high - low > 1:

@@ -1,4 +1,4 @@
-"""Conclusions from the rows of bytelm.json: what a part is worth, and where a larger model lands."""
+"""Conclusions from the rows of bytelm.json: what a part is worth, where a larger model lands."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from scipy.optimize import least_squares
 from scipy.stats import t
 
 from benchmarks.bytelm_cells import BEST, LOSSES, PARTS, PLAIN, SEEDS, Cell, twin_of
-from benchmarks.bytelm_rows import num_params
 from qll.bytelm.settings import LMTrainConfig, TextSettings
+from qll.bytelm.sizing import count_parameters
 
 MARGIN = 0.01  # bits per byte that a part must win, beyond the noise of the seeds
 CONFIDENCE = 0.95
@@ -88,7 +88,7 @@ def scaling(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
     bits = [row["bits_per_byte"] for row in points]
     law = fit_law(sizes, read, bits)
     model = LMTrainConfig(texts=TextSettings(dataset="wikitext2"), preset="improved").model_config()
-    params = num_params(model)
+    params = count_parameters(model)
     total = PRESET_BYTES * PRESET_EPOCHS
     effective = effective_bytes(PRESET_BYTES, PRESET_EPOCHS)
     parts = [

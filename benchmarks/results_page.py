@@ -9,7 +9,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs as a script
 
-from benchmarks import quality_page
+from benchmarks import bytelm_page, quality_page
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -41,6 +41,8 @@ def page() -> str:
     parts = ["# Measured results", INTRODUCTION, main_job(read("main_job"))]
     if has("quality"):
         parts.append(quality_page.section(read("quality")))
+    if has("bytelm"):
+        parts.append(bytelm_page.section(read("bytelm")))
     return "\n\n".join(parts) + "\n"
 
 
