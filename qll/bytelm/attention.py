@@ -44,9 +44,12 @@ class Attention(nn.Module):
     ) -> tuple[Float[Tensor, "batch seq d_model"], LayerState]:
         """What each position reads, and the state after the last one."""
         batch, seq, d_model = x.shape
-        parts = self.qkv(x).view(batch, seq, 3, self.n_heads, self.d_head).permute(2, 0, 3, 1, 4)
-        queries, keys, values = parts[0], parts[1], parts[2]
-        queries, keys = rotate(queries, context.angles), rotate(keys, context.angles)
+        qkv = self.qkv(x).view(batch, seq, 3, self.n_heads, self.d_head)
+        cos, sin = context.angles
+        # both at once, before heads and positions change places: one pass over memory
+        turned = rotate(qkv[:, :, :2], (cos[:, None, None], sin[:, None, None]))
+        queries, keys = turned.permute(2, 0, 3, 1, 4)
+        values = qkv[:, :, 2].transpose(1, 2)
         past = state[0].shape[2]
         if past:
             keys = torch.cat((state[0], keys.to(state[0].dtype)), dim=2)

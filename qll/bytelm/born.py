@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -33,8 +33,7 @@ def real_features(x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch fea
     25.0
     """
     first, second = torch.triu_indices(x.shape[-1], x.shape[-1], device=x.device)
-    weight = torch.where(first == second, 1.0, math.sqrt(2.0)).to(x)
-    return x[..., first] * x[..., second] * weight
+    return x[..., first] * x[..., second] * _weights(first == second, x)
 
 
 def complex_features(z: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch features"]:
@@ -47,7 +46,7 @@ def complex_features(z: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch 
     real, imaginary = z.unflatten(-1, (-1, 2)).unbind(-1)
     width = real.shape[-1]
     first, second = torch.triu_indices(width, width, device=z.device)
-    weight = torch.where(first == second, 1.0, math.sqrt(2.0)).to(z)
+    weight = _weights(first == second, z)
     same = real[..., first] * real[..., second] + imaginary[..., first] * imaginary[..., second]
     first, second = torch.triu_indices(width, width, offset=1, device=z.device)
     cross = imaginary[..., first] * real[..., second] - real[..., first] * imaginary[..., second]
@@ -106,6 +105,11 @@ class BornAttention(nn.Module):
             context.note("states", after)
             reads = self.norm(sums[..., :-1] / (sums[..., -1:] + SMALLEST))
         return self.out(reads.transpose(1, 2).reshape(batch, seq, d_model)), (after,)
+
+
+def _weights(diagonal: Bool[Tensor, " features"], like: Tensor) -> Float[Tensor, " features"]:
+    """1 on the diagonal, sqrt(2) for entries that stand for two, in the dtype of `like`."""
+    return torch.where(diagonal, like.new_ones(()), like.new_full((), math.sqrt(2.0)))
 
 
 def _with_one(values: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width_and_one"]:

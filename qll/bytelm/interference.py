@@ -43,7 +43,8 @@ class Interference(nn.Module):
         d_model, heads = config.d_model, config.n_heads
         self.qkvg = linear(config, d_model, 4 * d_model)
         self.rates = Rates(config, heads * self.states, heads if delta else 0)
-        self.read_weight = nn.Parameter(self._start_weights(heads))
+        # of a single state it would be absorbed by what follows
+        self.read_weight = nn.Parameter(self._start_weights(heads)) if self.states > 1 else None
         self.norm = norm(config, config.d_head)
         self.gate = gate(config, d_model)
         self.out = linear(config, d_model, d_model)
@@ -115,8 +116,8 @@ class Interference(nn.Module):
 
     def _superpose(self, reads: Float[Tensor, "batch all seq width"]) -> Tensor:
         """The sum of a head's states, each turned by its phase (complex) or weighted (real)."""
-        if self.states == 1 and self.complex:
-            return reads  # a common phase of a head is absorbed by what follows
+        if self.read_weight is None:
+            return reads
         reads = reads.unflatten(1, (self.states, -1))
         weight = self.read_weight.to(reads)[:, :, None, None]
         if self.complex:

@@ -88,11 +88,8 @@ class ByteModel(nn.Module):
         """`ids` cut where the recurrent memory is written; one piece without it."""
         if self.memory is None:
             return [ids]
-        return list(
-            ids.tensor_split(
-                range(self.memory.until_write(position), ids.shape[1], self.memory.segment), dim=1
-            )
-        )
+        first, every = self.memory.until_write(position), self.memory.segment
+        return list(ids.tensor_split(tuple(range(first, ids.shape[1], every)), dim=1))
 
     def _read(self, x: Tensor, state: State, notes: Notes | None) -> tuple[Tensor, State]:
         """The stream of the next bytes, and the state after them (and after a write to memory)."""

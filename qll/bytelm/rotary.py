@@ -1,7 +1,8 @@
 """Rotation of channel pairs: (x, y) -> (x cos a - y sin a, x sin a + y cos a).
 
-Channels 2j and 2j + 1 are the two parts of one complex number, and this multiplies it by e^{ia}:
-an isometry whose inverse is minus the angle. With the angle position * frequency it is the rotary
+Channels 2j and 2j + 1 are the two parts of one complex number, and this multiplies it by e^{ia}
+(in complex64 or complex128: half precision is widened first, since ComplexHalf loses digits): an
+isometry whose inverse is minus the angle. With the angle position * frequency it is the rotary
 position embedding (Su et al. 2021, RoFormer, eq. 15), after which a query and a key know only how
 far apart they are.
 """
@@ -24,9 +25,9 @@ def rotate(x: Float[Tensor, "*batch channels"], angles: Angles) -> Float[Tensor,
     >>> rotate(torch.tensor([1.0, 0.0]), quarter).tolist()
     [0.0, 1.0]
     """
-    cos, sin = angles
-    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1)
+    full = x.to(torch.promote_types(x.dtype, torch.float32))
+    numbers = torch.view_as_complex(full.unflatten(-1, (-1, 2)))
+    turned = torch.view_as_real(numbers * torch.complex(*angles))
     return turned.flatten(-2).to(x.dtype)
 
 

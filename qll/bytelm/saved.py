@@ -6,6 +6,7 @@ What the config promises is compared with the file's header and size before memo
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,6 +29,7 @@ from qll.errors import (
 ARCHITECTURE = "qll-byte-model"
 CONFIG_NAME = "model.json"
 TENSORS_NAME = "model.safetensors"
+FLOATS = ("F32", "BF16", "F16", "F64")  # read as float32
 
 
 def save_model(folder: Path, model: ByteModel) -> None:
@@ -104,25 +106,30 @@ def _read_tensors(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
         raise MissingFileError("no such file", where=path, hint="train the model again")
     try:
         with safe_open(path, framework="pt") as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            _compare(path, found, {name: tuple(tensor.shape) for name, tensor in expected.items()})
-            tensors = {name: file.get_tensor(name) for name in expected}
+            found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            _compare(path, found, expected)
+            tensors = {name: file.get_tensor(name).float() for name in expected}
     except (SafetensorError, OSError) as error:
         raise TruncatedFileError(
             "cannot be read as safetensors", where=path, found=error, hint="copy it again"
         ) from None
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if not torch.isfinite(tensor).all():
             raise NonFiniteError("not finite", where=f"{path}: {name}", hint="train it again")
     return tensors
 
 
-def _compare(path: Path, found: dict, expected: dict) -> None:
+def _compare(path: Path, found: dict[str, Any], expected: dict[str, Tensor]) -> None:
+    """Names, shapes and kinds of numbers in the header against those of the config."""
     for name in sorted(found.keys() ^ expected.keys()):
         what = "missing" if name in expected else "not part of this model"
         raise MissingTensorError(what, where=f"{path}: {name}")
-    for name, shape in expected.items():
-        if found[name] != shape:
+    for name, tensor in expected.items():
+        shape, dtype = tuple(found[name].get_shape()), found[name].get_dtype()
+        if shape != tuple(tensor.shape) or dtype not in FLOATS:
             raise ShapeError(
-                "wrong shape", where=f"{path}: {name}", expected=shape, found=found[name]
+                "wrong shape or type",
+                where=f"{path}: {name}",
+                expected=f"{tuple(tensor.shape)} of {', '.join(FLOATS)}",
+                found=f"{shape} of {dtype}",
             )
