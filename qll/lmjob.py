@@ -16,9 +16,10 @@ import torch
 
 from qll import store
 from qll.bytelm.corpus import Part, local_parts, named_parts
-from qll.bytelm.dataset import BatchLoader
+from qll.bytelm.dataset import BatchLoader, require_windows
 from qll.bytelm.documents import Document, find_documents, split_documents
 from qll.bytelm.evaluate import bits_per_byte
+from qll.bytelm.growth import grow
 from qll.bytelm.loaders import HELD_OUT_NAME, TEXTS_NAME, build_loaders
 from qll.bytelm.model import ByteModel
 from qll.bytelm.packed import PackedText, sample, total_bytes
@@ -57,8 +58,11 @@ def train(config: LMTrainConfig) -> dict[str, Any]:
         print(f"{config.out} is complete; nothing to do", file=sys.stderr)
         return store.read_json(files.result)
     steps = number_of_steps(config, parts)
+    _require_windows(parts, model_config.context)
     torch.manual_seed(config.seed)
     model = started(config, ByteModel(model_config)).to(device)
+    require_growth(config, model)
+    torch.manual_seed(config.seed)
     with store.lock(config.out):
         _claim(config, parts)
         loader, held_out = _data(config, parts, device)
@@ -156,6 +160,13 @@ def started(config: LMTrainConfig, model: ByteModel) -> ByteModel:
     return model
 
 
+def require_growth(config: LMTrainConfig, model: ByteModel) -> None:
+    """Raise UsageError when `model` cannot grow as the curriculum says, before hours are spent."""
+    for stage in config.curriculum():
+        if stage.d_model not in (None, model.config.d_model):
+            model = grow(model, stage.d_model)
+
+
 def _windows(
     config: LMTrainConfig, parts: Sequence[Part], loader: BatchLoader | StreamLoader | None
 ) -> int | None:
@@ -168,6 +179,13 @@ def _windows(
     limit, length = config.texts.max_samples, config.model_config().context
     windows = [size // length for size in sizes]
     return sum(windows if limit is None else (min(limit, count) for count in windows))
+
+
+def _require_windows(parts: Sequence[Part], context: int) -> None:
+    for part in parts:
+        size = part.facts.get("trained_bytes")
+        if size is not None:
+            require_windows(part.name, size + 2, context)
 
 
 def _data(

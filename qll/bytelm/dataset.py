@@ -1,9 +1,9 @@
 """Windows of packed texts in a shuffled order that is known without being stored, and batches.
 
-An epoch reads every window once. Windows follow one another without a gap from a random first byte
-that is another in every epoch, and begin with a character. Any number of texts are mixed by
-weight: after n windows each has given its share of n, to within one. Where a run is, is a few
-counts, so it resumes exactly; every rank of many takes its own part of every batch.
+An epoch reads every window once. Windows follow one another from a random first byte, another one
+in every epoch (of as many as a window has bytes), and begin with a character. Any number of texts
+are mixed by weight: after n windows each has given its share of n, to within one. Where a run is,
+is a few counts, so it resumes exactly; every rank of many takes its own part of every batch.
 """
 
 from __future__ import annotations
@@ -39,16 +39,7 @@ class MemoryEfficientByteDataset:
 
     def __init__(self, path: Path, seq_length: int, seed: int = 0) -> None:
         self.text, self.seq_length, self.seed = PackedText(path), seq_length, seed
-        # whatever byte an epoch starts with, and however its windows move, they fit
-        self.count = (len(self.text) - 1 - ALIGNMENT) // seq_length - 1
-        if self.count < 1:
-            raise TextError(
-                "too short to train on",
-                where=path.name,
-                expected=f"at least {2 * seq_length + 1 + ALIGNMENT} bytes",
-                found=len(self.text),
-                hint="give a longer text, or a shorter --seq_length",
-            )
+        self.count = require_windows(path.name, len(self.text), seq_length)
 
     def __len__(self) -> int:
         """Windows of an epoch."""
@@ -67,9 +58,9 @@ class MemoryEfficientByteDataset:
         found = np.empty_like(draws)
         for epoch in np.unique(epochs):
             chosen = epochs == epoch
-            key = mixed(self.seed, int(epoch))
-            first = key % self.seq_length
-            order = permuted(places[chosen], self.count, key)
+            turn = np.array([epoch % self.seq_length])
+            first = permuted(turn, self.seq_length, mixed(self.seed))[0]
+            order = permuted(places[chosen], self.count, mixed(self.seed, int(epoch)))
             found[chosen] = first + order * self.seq_length
         return self.text.character_starts(found)
 
@@ -139,6 +130,26 @@ class BatchLoader:
                 found=str(drawn),
             )
         self.drawn = np.array(drawn, dtype=np.int64)
+
+
+def require_windows(name: str, size: int, seq_length: int) -> int:
+    """Windows of an epoch of `size` packed bytes; raises TextError when there is none.
+
+    Whatever byte an epoch starts with, and however its windows move, all of them fit.
+
+    >>> require_windows("text", 1000, 100)
+    8
+    """
+    count = (size - 1 - ALIGNMENT) // seq_length - 1
+    if count < 1:
+        raise TextError(
+            "too short to train on",
+            where=name,
+            expected=f"at least {2 * seq_length + 1 + ALIGNMENT} bytes",
+            found=size,
+            hint="give a longer text, or a shorter --seq_length",
+        )
+    return count
 
 
 def shares(weights: Sequence[float], count: int) -> np.ndarray:

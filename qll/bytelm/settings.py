@@ -211,7 +211,9 @@ class LMTrainConfig:
         (768, 20.0, 4)
         """
         preset = PRESETS[self.preset]
-        size = _filled(self.size, preset)
+        # a model that is given has its own sizes
+        given = self.size.model_args is not None or self.size.checkpoint is not None
+        size = self.size if given else _filled(self.size, preset)
         learning = _filled(self.learning, preset)
         lengths = (learning.epochs, learning.max_steps, self.max_seconds)
         if all(length is None for length in lengths):
@@ -228,13 +230,13 @@ class LMTrainConfig:
         >>> found.n_layers, found.stream.phase
         (2, 'rotation')
         """
-        size = self.size
+        size = self.resolved().size
         if size.model_args is not None:
             value = _model_args(size.model_args)
         elif size.checkpoint is not None:
             value = _model_args(model_folder(size.checkpoint) / "model.json")
         else:
-            size, value = self.resolved().size, ModelConfig().to_dict()
+            value = ModelConfig().to_dict()
         for name, place in _PLACES.items():
             given = getattr(size, name)
             if given is not None and given is not False:

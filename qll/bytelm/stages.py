@@ -124,12 +124,19 @@ def _stage(name: str, item: Any) -> Stage:
         LossConfig(**losses)  # names and numbers are checked there
     except TypeError as error:
         raise _not_stages(name, str(error)) from None
-    share, width = item.get("share", 1.0), item.get("d_model")
-    if type(share) not in (int, float) or not 0 < share < float("inf"):
-        raise _not_stages(name, f"share {share}")
+    numbers = {"share": item.get("share", 1.0), "scale": item.get("scale", 1.0)}
+    for key, value in numbers.items():
+        if type(value) not in (int, float) or not 0 <= value < float("inf"):
+            raise _not_stages(name, f"{key} {value}")
+    if not numbers["share"]:
+        raise _not_stages(name, "share 0")
+    width = item.get("d_model")
     if width is not None and (type(width) is not int or width < 1):
         raise _not_stages(name, f"d_model {width}")
-    return Stage(**(item | {"losses": tuple(losses.items()), "share": float(share)}))
+    weights = tuple((key, float(value)) for key, value in losses.items())
+    return Stage(
+        str(item["name"]), float(numbers["share"]), weights, float(numbers["scale"]), width
+    )
 
 
 def _not_stages(name: str, found: str) -> UsageError:

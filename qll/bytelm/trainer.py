@@ -10,9 +10,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from qll.bytelm.checkpoint import read_checkpoint, write_checkpoint
 from qll.bytelm.config import ModelConfig
 from qll.bytelm.dataset import BatchLoader
 from qll.bytelm.evaluate import bits_per_byte
+from qll.bytelm.growth import grow
 from qll.bytelm.leak import require_causal, require_plausible
 from qll.bytelm.learner import Learner
 from qll.bytelm.model import ByteModel
@@ -40,8 +40,6 @@ VALIDATIONS = 20  # in a run, when it is not said how often
 LEAST_WAIT = 10  # times the seconds of a validation, before the next one of a run against time
 SAVE_SECONDS, BEAT_SECONDS = 60.0, 2.0
 
-Grow = Callable[[ByteModel, ModelConfig], ByteModel]
-
 
 class Trainer:
     """One run: a learner, its data, its folder and how far it is."""
@@ -54,10 +52,9 @@ class Trainer:
         held_out: Sequence[np.ndarray],
         steps: int | None,
         precision: torch.dtype = torch.float32,
-        grow: Grow | None = None,
     ) -> None:
         self.config, self.loader, self.held_out = config, loader, list(held_out)
-        self.files, self.stages, self.grow = RunFiles(config.out), config.curriculum(), grow
+        self.files, self.stages = RunFiles(config.out), config.curriculum()
         self.precision, self.device = precision, model.embedding.weight.device
         self.schedule = Schedule(steps, config.max_seconds, config.learning.warmup_steps)
         self.seq_length = model.config.context
@@ -73,9 +70,9 @@ class Trainer:
         Raises LeakError and NonFiniteError; the last checkpoint and the best model stay as they
         were.
         """
-        require_causal(self.learner.measured, self.seq_length)
         bar = tqdm(total=100, desc="lm train", unit="%", file=sys.stderr, disable=None, leave=False)
         try:
+            require_causal(self.learner.measured, self.seq_length)
             with bar:
                 stopped_by = self._loop(bar)
         except Exception:
@@ -144,7 +141,7 @@ class Trainer:
         return bits
 
     def bits(self, documents: Sequence[np.ndarray], stride: int | None = None) -> float:
-        """Bits per byte of the measured model on `documents`; windows overlap by half unless said."""
+        """Bits per byte of the measured model; windows overlap by half unless `stride` is given."""
         with autocast(self.precision, self.device):
             model = self.learner.measured
             return bits_per_byte(model, documents, self.seq_length, stride).bits_per_byte
@@ -216,8 +213,7 @@ class Trainer:
         self.progress.stage = stage
         width, model = self.stages[stage].d_model, self.learner.model
         if width is not None and width != model.config.d_model:
-            assert self.grow is not None
-            self.learner = self._learner(self.grow(model, widened(model.config, width)))
+            self.learner = self._learner(grow(model, width))
         self._weigh()
 
     def _weigh(self) -> None:
@@ -270,14 +266,3 @@ class Trainer:
             "share": self.schedule.done(progress.step, progress.seconds),
         }
         store.write_json(self.files.heartbeat, facts)
-
-
-def widened(config: ModelConfig, width: int) -> ModelConfig:
-    """`config` with `width` channels in as many more heads of the same width.
-
-    Raises UsageError when the heads would not divide them.
-
-    >>> widened(ModelConfig(d_model=256, n_heads=4), 512).n_heads
-    8
-    """
-    return replace(config, d_model=width, n_heads=max(1, width // config.d_head))
