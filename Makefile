@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test lint docs saes bench-main_job bench-quality bench-sae bench-speed clean
+.PHONY: install demo test lint docs saes bench-main_job bench-quality bench-sae bench-speed \
+	bench-bytelm clean
 
 install: $(VENV)/.installed
 
@@ -64,6 +65,14 @@ bench-sae: install
 # on a quiet machine; the models are converted first, which takes most of the time
 bench-speed: install
 	$(BIN)/python benchmarks/speed.py --work runs/speed
+	$(BIN)/python benchmarks/results_page.py
+
+# a day on two cores; cells are in `python benchmarks/bytelm.py --list`, and a killed one resumes
+bench-bytelm: install
+	mkdir -p benchmarks/.cache
+	test -n "$(wildcard benchmarks/.cache/anarchism_*.deb)" || \
+		(cd benchmarks/.cache && apt-get download anarchism)
+	$(BIN)/python benchmarks/bytelm.py
 	$(BIN)/python benchmarks/results_page.py
 
 docs: install

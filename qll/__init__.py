@@ -27,6 +27,7 @@ _PUBLIC = {
     "load_sae": ("qll.lens", "load_sae"),
     "attach": ("qll.lens", "attach"),
     "train_sae": ("qll.saejob", "train"),
+    "load_lm": ("qll.bytelm.saved", "load_lm"),
     "build_report": ("qll.report", "build_report"),
     "render": ("qll.report", "render"),
     "ConvertConfig": ("qll.config", "MainConfig"),

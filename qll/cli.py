@@ -10,13 +10,15 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import tyro
 
+from qll.bytelm.settings import SEED_FLAGS, LMEvalConfig, LMTrainConfig
+from qll.bytelm.verb_settings import LmCompareConfig, LmGenerateConfig, LmMonitorConfig
 from qll.config import (
     BenchConfig,
     EvalConfig,
@@ -41,6 +43,8 @@ class Verb:
     config: type
     action: Callable[[Any], None]
     help: str
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Other spellings of its flags."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         name = words.pop(0) if words and not words[0].startswith("-") else "run"
-        if name == "sae" and words[:1] == ["train"]:
+        if words and not words[0].startswith("-") and f"{name} {words[0]}" in VERBS:
             name = f"{name} {words.pop(0)}"
         if name == "plan" and any(_flag(word) in ("--shape", "--machine") for word in words):
             name = "plan --machine"
@@ -210,6 +214,53 @@ def sae_train(config: SAETrainConfig) -> None:
     print(f"autoencoders: {config.out} (use with --sae_dir)")
 
 
+def lm_train(config: LMTrainConfig) -> None:
+    """Train a byte model and print what it reached on held-out text."""
+    from qll import lmjob
+
+    found = lmjob.train(config)
+    held_out = found["held_out"]
+    print(f"parameters        {found['parameters']:,}")
+    print(f"bytes trained on  {found['bytes']:,} in {found['seconds']:,.0f} s")
+    print(
+        f"bits per byte     {held_out['bits_per_byte']:.4f} on {held_out['bytes']:,} of "
+        f"{held_out['of_bytes']:,} held-out bytes"
+    )
+    print(f"model: {config.out / 'model'} (use with lm generate --model {config.out})")
+
+
+def lm_eval(config: LMEvalConfig) -> None:
+    """Print the bits per byte of a byte model as JSON."""
+    from qll import lmjob
+
+    print(json.dumps(lmjob.evaluate(config), indent=1))
+
+
+def lm_generate(config: LmGenerateConfig) -> None:
+    """Print a continuation: as it is written, or the best of several."""
+    from qll.bytelm import writing
+    from qll.pipeline import choose_device
+
+    for piece in writing.write(config, choose_device(config.device)):
+        print(piece, end="", flush=True)
+    print()
+
+
+def lm_monitor(config: LmMonitorConfig) -> None:
+    """Show a run until it ends."""
+    from qll.bytelm.monitor import watch
+
+    watch(config.run, config.every)
+
+
+def lm_compare(config: LmCompareConfig) -> None:
+    """Print the paired tables of several models."""
+    from qll.bytelm import writing
+    from qll.pipeline import choose_device
+
+    print(writing.compare(config, choose_device(config.device)))
+
+
 VERBS = {
     "run": Verb(MainConfig, run, "the main job (also without a verb)"),
     "inspect": Verb(InspectConfig, inspect, "dimensions, connectivity, parameters, bytes"),
@@ -227,6 +278,11 @@ VERBS = {
     "export": Verb(ExportConfig, export, "write a plain Llama, or factors as pairs of linears"),
     "report": Verb(ReportConfig, report, "draw the page and the table again"),
     "sae train": Verb(SAETrainConfig, sae_train, "train sparse autoencoders on activations"),
+    "lm train": Verb(LMTrainConfig, lm_train, "train a byte model on texts", SEED_FLAGS),
+    "lm eval": Verb(LMEvalConfig, lm_eval, "bits per byte of a byte model"),
+    "lm generate": Verb(LmGenerateConfig, lm_generate, "continue a prompt with a byte model"),
+    "lm monitor": Verb(LmMonitorConfig, lm_monitor, "watch a run of `lm train`"),
+    "lm compare": Verb(LmCompareConfig, lm_compare, "byte models side by side on prompts"),
 }
 
 
@@ -242,7 +298,7 @@ def _parse(verb: Verb, name: str, words: list[str]) -> Any:
         verb.config,
         prog=program,
         description=description,
-        args=[_underscored(word) for word in words],
+        args=[_spelled(word, verb.aliases) for word in words],
         default=default,
         config=(tyro.conf.OmitArgPrefixes,),
         use_underscores=True,
@@ -281,12 +337,13 @@ def _flag(word: str) -> str:
     return word.partition("=")[0]
 
 
-def _underscored(word: str) -> str:
+def _spelled(word: str, aliases: Mapping[str, str]) -> str:
     """--calib-text and --calib_text are the same flag; values stay as they are."""
     if not word.startswith("--"):
         return word
     flag, equals, value = word.partition("=")
-    return "--" + flag[2:].replace("-", "_") + equals + value
+    flag = "--" + flag[2:].replace("-", "_")
+    return aliases.get(flag, flag) + equals + value
 
 
 def _fail(message: str, code: int, debug: bool) -> int:

@@ -128,6 +128,10 @@ class TextError(QLLError):
     """A text too short or not readable as UTF-8."""
 
 
+class LeakError(QLLError):
+    """A model that predicts better than it could without seeing what it should predict."""
+
+
 class OutputError(QLLError):
     """The output folder cannot be written."""
 

@@ -14,7 +14,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,15 @@ def write_bytes(path: Path, data: bytes) -> None:
     """
     with _replacing(path) as temp, open(temp, "wb") as file:
         file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_pieces(path: Path, pieces: Iterable[bytes]) -> None:
+    """Replace `path` atomically by what `pieces` give, which need never be in memory together."""
+    with _replacing(path) as temp, open(temp, "wb") as file:
+        for piece in pieces:
+            file.write(piece)
         file.flush()
         os.fsync(file.fileno())
 
@@ -162,7 +171,7 @@ def append_line(path: Path, value: Mapping[str, Any]) -> None:
 
     A last line torn by a kill is closed first, so that it cannot swallow the new one.
     """
-    line = json.dumps(value, allow_nan=False).encode() + b"\n"
+    line = _line(value)
     try:
         with open(path, "a+b") as file:
             if file.tell():
@@ -173,6 +182,11 @@ def append_line(path: Path, value: Mapping[str, Any]) -> None:
             os.fsync(file.fileno())
     except OSError as error:
         raise _output_error(path, error) from error
+
+
+def write_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
+    """Replace `path` by one JSON line for each of `values`, atomically."""
+    write_pieces(path, map(_line, values))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -273,6 +287,10 @@ def _replacing(path: Path) -> Iterator[Path]:
         if "os error 28" in str(error):
             raise _disk_full(path) from error
         raise
+
+
+def _line(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, allow_nan=False).encode() + b"\n"
 
 
 def _sha256_of_values(values: Mapping[str, Any]) -> str:

@@ -33,7 +33,7 @@ def test_help_names_every_verb_and_flag(capsys):
 
 @pytest.mark.parametrize("verb", sorted(cli.VERBS))
 def test_every_verb_has_help(verb, capsys):
-    assert cli.main([verb, "--help"]) == 0
+    assert cli.main([*verb.split(), "--help"]) == 0
     assert "--" in capsys.readouterr().out
 
 

@@ -29,6 +29,7 @@ ROOMS = (
     "evaluate",
     "lens",
     "saetrain",
+    "bytelm",
     "report",
     "scale",
     "runfolder",
@@ -42,6 +43,7 @@ ROOMS = (
     "rungenerate",
     "runbench",
     "saejob",
+    "lmjob",
     "api",
     "cli",
 )

@@ -1,0 +1,118 @@
+"""The byte model: bytes -> vectors -> blocks -> logits of the next byte.
+
+`forward` reads whole sequences at once, which is how it learns; `step` goes on from a state, which
+is how it writes and how it carries what it read from one segment to the next. Both compute the
+same function.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from qll.bytelm.adapter import freeze_base
+from qll.bytelm.block import Block
+from qll.bytelm.concept import Concept
+from qll.bytelm.config import VOCAB, ModelConfig
+from qll.bytelm.context import Context, Notes
+from qll.bytelm.initial import initialise
+from qll.bytelm.linears import norm
+from qll.bytelm.recurrent_memory import RecurrentMemory
+from qll.bytelm.rotary import position_angles
+from qll.bytelm.state import LayerState, State
+
+
+class ByteModel(nn.Module):
+    """A causal language model over bytes; logits at t predict the byte at t + 1.
+
+    >>> model = ByteModel(ModelConfig(d_model=32, n_layers=1, context=8))
+    >>> model(torch.tensor([[104, 105]])).shape
+    torch.Size([1, 2, 256])
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(VOCAB, config.d_model)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.concept = Concept(config) if config.concept.kind != "off" else None
+        self.memory = RecurrentMemory(config) if config.memory.memory_tokens else None
+        self.norm = norm(config, config.d_model)
+        self.head = nn.Linear(config.d_model, VOCAB, bias=False)
+        initialise(self, config.n_layers)
+        if config.tie:
+            self.head.weight = self.embedding.weight
+        if config.weights.lora_train_only:
+            freeze_base(self)
+
+    def forward(self, ids: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq 256"]:
+        """Logits of the byte after each of `ids`."""
+        return self.step(ids, self.initial_state(len(ids), ids.device))[0]
+
+    def initial_state(self, batch: int, device: torch.device | str | None = None) -> State:
+        """The state before the first byte."""
+        weight = self.embedding.weight
+        like = weight.new_zeros(batch, self.config.d_model, device=device or weight.device)
+        layers = tuple(block.initial_state(like) for block in self.blocks)
+        return State(0, layers, None if self.memory is None else self.memory.initial(like))
+
+    def step(
+        self, ids: Int[Tensor, "batch seq"], state: State, notes: Notes | None = None
+    ) -> tuple[Float[Tensor, "batch seq 256"], State]:
+        """Logits of the byte after each of `ids`, which follow those of `state`, and the new state.
+
+        notes: where layers leave what the losses ask for.
+
+        >>> model = ByteModel(ModelConfig(d_model=32, n_layers=1, context=8)).eval()
+        >>> ids = torch.tensor([[1, 2, 3]])
+        >>> first, state = model.step(ids[:, :2], model.initial_state(1))
+        >>> last, state = model.step(ids[:, 2:], state)
+        >>> torch.cat((first, last), dim=1).allclose(model(ids), atol=1e-5), state.position
+        (True, 3)
+        """
+        streams = []
+        for piece in self._pieces(ids, state.position):
+            x, state = self._read(self.embedding(piece), state, notes)
+            streams.append(x)
+        stream = streams[0] if len(streams) == 1 else torch.cat(streams, dim=1)
+        if notes is not None:
+            notes["stream"] = [stream]
+        return self.head(self.norm(stream)), state
+
+    def num_params(self) -> int:
+        """Numbers that the model holds; a tied head counts once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def _pieces(self, ids: Tensor, position: int) -> list[Tensor]:
+        """`ids` cut where the recurrent memory is written; one piece without it."""
+        if self.memory is None:
+            return [ids]
+        first, every = self.memory.until_write(position), self.memory.segment
+        return list(ids.tensor_split(tuple(range(first, ids.shape[1], every)), dim=1))
+
+    def _read(self, x: Tensor, state: State, notes: Notes | None) -> tuple[Tensor, State]:
+        """The stream of the next bytes, and the state after them (and after a write to memory)."""
+        end, memory = state.position + x.shape[1], state.memory
+        if self.memory is None:
+            x, layers = self._blocks(x, state.layers, state.position, notes)
+            return x, State(end, layers)
+        start = state.position + self.memory.places_before(state.position)
+        stream, layers = self._blocks(x, state.layers, start, notes)
+        if end % self.memory.segment == 0:
+            written, layers = self._blocks(memory, layers, start + x.shape[1], notes)
+            memory = self.memory.update(memory, written)
+        return stream, State(end, layers, memory)
+
+    def _blocks(
+        self, x: Tensor, layers: tuple[LayerState, ...], start: int, notes: Notes | None
+    ) -> tuple[Tensor, tuple[LayerState, ...]]:
+        """The stream after all blocks, from place `start` on, and the blocks' states."""
+        angles = position_angles(start, x.shape[1], self.config.d_head, x.device, x.dtype)
+        context, after = Context(start, angles, notes), []
+        for index, (block, layer) in enumerate(zip(self.blocks, layers, strict=True)):
+            x, layer = block(x, layer, context)
+            after.append(layer)
+            if self.concept is not None and index == self.config.concept_layer:
+                x = self.concept(x, context)
+        return x, tuple(after)

@@ -1,0 +1,281 @@
+"""`qll lm train` and `qll lm eval`: open the texts, train, keep the best model, measure it.
+
+What is left in the folder is described in qll/bytelm/runfiles.py.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from qll import store
+from qll.bytelm.corpus import Part, local_parts, named_parts
+from qll.bytelm.dataset import BatchLoader, require_windows
+from qll.bytelm.documents import Document, find_documents, split_documents
+from qll.bytelm.evaluate import bits_per_byte
+from qll.bytelm.growth import grow
+from qll.bytelm.loaders import HELD_OUT_NAME, TEXTS_NAME, build_loaders
+from qll.bytelm.model import ByteModel
+from qll.bytelm.packed import PackedText, sample, total_bytes
+from qll.bytelm.runfiles import RunFiles
+from qll.bytelm.saved import load_lm, save_model
+from qll.bytelm.settings import LMEvalConfig, LMTrainConfig
+from qll.bytelm.streaming import StreamLoader
+from qll.bytelm.trainer import Trainer
+from qll.config import to_json
+from qll.errors import ConfigError, TextError, UsageError
+from qll.pipeline import choose_device
+from qll.runfolder import claim_folder, environment
+from qll.train import keep_freed_memory
+from qll.train.precision import autocast, choose_precision, fast_attention
+
+# settings that do not change what a run computes
+UNBINDING = ("out", "device")
+UNBINDING_WATCH = ("log_every", "save_every", "leak_below")
+
+
+def train(config: LMTrainConfig) -> dict[str, Any]:
+    """Train what `config` asks for and return training.json; a finished folder is only read.
+
+    Raises UsageError for settings that do not fit, TextError for texts that are missing, too short
+    or no texts, ForeignRunError for a folder of another run, LeakError, NonFiniteError, and what
+    the formats of checkpoints raise.
+    """
+    keep_freed_memory()
+    config = config.resolved()
+    files, device = RunFiles(config.out), choose_device(config.device)
+    model_config = config.model_config()
+    # what can be wrong with the inputs is said before the folder is anybody's
+    parts = texts_of(config)
+    if files.complete:
+        _claim(config, parts)
+        print(f"{config.out} is complete; nothing to do", file=sys.stderr)
+        return store.read_json(files.result)
+    steps = number_of_steps(config, parts)
+    _require_windows(parts, model_config.context)
+    torch.manual_seed(config.seed)
+    model = started(config, ByteModel(model_config)).to(device)
+    require_growth(config, model)
+    torch.manual_seed(config.seed)
+    with store.lock(config.out):
+        _claim(config, parts)
+        loader, held_out = _data(config, parts, device)
+        documents = held_out.documents()
+        precision = choose_precision(config.precision, device)
+        few = sample(documents, config.watch.val_max_chunks * model_config.context)
+        steps = steps or number_of_steps(config, parts, loader)
+        trainer = Trainer(config, model, loader, few, steps, precision)
+        trainer.restore()
+        stopped_by = trainer.run()
+        save_model(files.last, trainer.learner.measured)
+        result = _result(config, trainer, documents, stopped_by)
+        store.write_json(files.result, result)
+        trainer.finish()
+        store.remove(files.checkpoint)
+    return result
+
+
+def evaluate(config: LMEvalConfig) -> dict[str, Any]:
+    """Bits per byte of a model on documents, as JSON.
+
+    Raises what opening the model and the texts raises.
+    """
+    device = choose_device(config.device)
+    model = load_lm(config.model, device)
+    documents, name = _documents_to_score(config)
+    if config.max_bytes is not None:
+        documents = sample(documents, config.max_bytes)
+    context = config.context or model.config.context
+    precision = choose_precision(config.precision, device)
+    with autocast(precision, device), fast_attention(precision, device, context):
+        found = bits_per_byte(model, documents, context, config.stride)
+    return {
+        "model": str(config.model),
+        "data": name,
+        "split": config.split,
+        "bits_per_byte": found.bits_per_byte,
+        "nats_per_byte": found.bits_per_byte * math.log(2),
+        "byte_perplexity": 2**found.bits_per_byte,
+        "bytes": found.bytes,
+        "documents": found.documents,
+        "context": found.context,
+        "stride": found.stride,
+        "precision": str(precision).removeprefix("torch."),
+    }
+
+
+def texts_of(config: LMTrainConfig) -> list[Part]:
+    """The parts of the texts of `config`; raises TextError or UsageError."""
+    texts = config.texts
+    if texts.dataset:
+        return named_parts(texts.dataset, streaming=texts.streaming)
+    return local_parts(config.data, texts.data_weights, texts.pattern, texts.validation)
+
+
+def number_of_steps(
+    config: LMTrainConfig, parts: Sequence[Part], loader: BatchLoader | StreamLoader | None = None
+) -> int | None:
+    """Steps of the run by --max_steps and --epochs, None when only its seconds are given.
+
+    Raises UsageError for epochs of a text whose length nobody knows.
+    """
+    learning, found = config.learning, []
+    if learning.max_steps is not None:
+        found.append(learning.max_steps)
+    if learning.epochs is not None:
+        windows = _windows(config, parts, loader)
+        if windows is not None:
+            rows = learning.batch_size * learning.accumulate_steps
+            found.append(max(1, math.ceil(learning.epochs * windows / rows)))
+        elif not found and config.texts.streaming and config.max_seconds is None:
+            raise UsageError(
+                "the length of a streamed data set is not known",
+                where="--epochs",
+                hint="give --max_steps or --max_seconds",
+            )
+    return min(found) if found else None
+
+
+def started(config: LMTrainConfig, model: ByteModel) -> ByteModel:
+    """`model` with the weights of --checkpoint, where there is one; its new parts stay as they are.
+
+    Raises ConfigError when the checkpoint is of another architecture.
+    """
+    if config.size.checkpoint is None:
+        return model
+    base = load_lm(config.size.checkpoint)
+    try:
+        missing, extra = model.load_state_dict(base.state_dict(), strict=False)
+    except RuntimeError as error:
+        raise _other_architecture(config.size.checkpoint, str(error)) from None
+    new = [name for name in missing if "adapter_" not in name and "prefix" not in name]
+    if extra or new:
+        raise _other_architecture(config.size.checkpoint, ", ".join([*extra, *new][:5]))
+    return model
+
+
+def require_growth(config: LMTrainConfig, model: ByteModel) -> None:
+    """Raise UsageError when `model` cannot grow as the curriculum says, before hours are spent."""
+    for stage in config.curriculum():
+        if stage.d_model not in (None, model.config.d_model):
+            model = grow(model, stage.d_model)
+
+
+def _windows(
+    config: LMTrainConfig, parts: Sequence[Part], loader: BatchLoader | StreamLoader | None
+) -> int | None:
+    """Windows of an epoch, when that can be known now."""
+    if isinstance(loader, BatchLoader):
+        return sum(map(len, loader.datasets))
+    sizes = [part.facts.get("trained_bytes") for part in parts]
+    if None in sizes:
+        return None
+    limit, length = config.texts.max_samples, config.model_config().context
+    windows = [size // length for size in sizes]
+    return sum(windows if limit is None else (min(limit, count) for count in windows))
+
+
+def _require_windows(parts: Sequence[Part], context: int) -> None:
+    for part in parts:
+        size = part.facts.get("trained_bytes")
+        if size is not None:
+            require_windows(part.name, size + 2, context)
+
+
+def _data(
+    config: LMTrainConfig, parts: Sequence[Part], device: torch.device
+) -> tuple[BatchLoader | StreamLoader, PackedText]:
+    return build_loaders(
+        parts,
+        config.model_config().context,
+        config.learning.batch_size,
+        RunFiles(config.out).data,
+        streaming=config.texts.streaming,
+        max_samples=config.texts.max_samples,
+        buffer_size=config.texts.buffer_size,
+        seed=config.seed,
+        device=device,
+    )
+
+
+def _result(
+    config: LMTrainConfig, trainer: Trainer, documents: Sequence[np.ndarray], stopped_by: str
+) -> dict[str, Any]:
+    """What training.json says."""
+    progress, learner = trainer.progress, trainer.learner
+    some = sample(documents, config.watch.eval_bytes)
+    best = load_lm(config.out, trainer.device)
+    context = best.config.context
+    with autocast(trainer.precision, trainer.device):
+        found = bits_per_byte(best, some, context)
+    return {
+        "settings": to_json(config),
+        "model": best.config.to_dict(),
+        "parameters": learner.model.num_params(),
+        "steps": progress.step,
+        "bytes": progress.bytes,
+        "seconds": round(progress.seconds, 2),
+        "tokens_per_second": round(progress.bytes / max(progress.seconds, 1e-9), 1),
+        "precision": str(trainer.precision).removeprefix("torch."),
+        "best": {
+            "bits_per_byte": progress.best_bits,
+            "step": progress.best_step,
+            "bytes": progress.best_bytes,
+            "seconds": round(progress.best_seconds, 2),
+        },
+        "held_out": {
+            "bits_per_byte": found.bits_per_byte,
+            "bytes": found.bytes,
+            "of_bytes": total_bytes(documents),
+            "documents": found.documents,
+            "context": found.context,
+            "stride": found.stride,
+        },
+        "stopped_by": stopped_by,
+        "texts": store.read_json(RunFiles(config.out).data / TEXTS_NAME)["texts"],
+        "stages": [stage.name for stage in config.curriculum()],
+        **environment(),
+    }
+
+
+def _documents_to_score(config: LMEvalConfig) -> tuple[list[np.ndarray], str]:
+    """The documents of --data, or those that the run held out, and what they are called."""
+    if not config.data:
+        path = RunFiles(config.model).data / HELD_OUT_NAME
+        if not path.is_file():
+            raise TextError(
+                "no held-out text beside this model", where=config.model, hint="give --data"
+            )
+        return PackedText(path).documents(), "held out by the run"
+    found: list[Document] = []
+    for path in config.data:
+        documents = find_documents([path], config.pattern)
+        found += split_documents(documents)[1] if config.split == "held_out" else documents
+    if not sum(map(len, found)):
+        raise TextError("empty", where=", ".join(map(str, config.data)), hint="give a longer text")
+    arrays = [np.frombuffer(b"".join(item.pieces()), dtype=np.uint8) for item in found]
+    return arrays, ", ".join(path.name for path in config.data)
+
+
+def _claim(config: LMTrainConfig, parts: Sequence[Part]) -> None:
+    """Write run.json, or check that the one there is of the same settings and texts."""
+    settings = {key: item for key, item in to_json(config).items() if key not in UNBINDING}
+    watch = {key: item for key, item in settings["watch"].items() if key not in UNBINDING_WATCH}
+    fingerprint = "-".join(part.facts["sha256"][:16] for part in parts)
+    resolved = settings | {"watch": watch, "data": [part.name for part in parts]}
+    claim_folder(config.out, resolved | {"fingerprint": fingerprint})
+
+
+def _other_architecture(path: Path, found: str) -> ConfigError:
+    return ConfigError(
+        "weights of another architecture",
+        where=path,
+        found=found[:300],
+        hint="leave out the sizes: they are those of the checkpoint",
+    )
