@@ -298,7 +298,8 @@ def _parse(verb: Verb, name: str, words: list[str]) -> Any:
         verb.config,
         prog=program,
         description=description,
-        args=[_spelled(word, verb.aliases) for word in words],
+        # help is given whatever else stands there
+        args=["--help"] if "--help" in words else [_spelled(word, verb.aliases) for word in words],
         default=default,
         config=(tyro.conf.OmitArgPrefixes,),
         use_underscores=True,

@@ -27,7 +27,8 @@ def require_needs(state: Run, until: str) -> None:
     """Print what the run needs; raise DiskFullError or UsageError when it is not there."""
     disk, memory = disk_bytes(state), memory_bytes(state, until)
     stage = max(memory, key=memory.get)
-    print(needs_text(state, until), file=sys.stderr)
+    for line in needs_text(state, until).splitlines():
+        print(f"[needs] {line}", file=sys.stderr)
     store.require_space(state.out, sum(disk.values()))
     free = free_bytes(state.device)
     if state.device.type == "cpu" and memory[stage] > free:

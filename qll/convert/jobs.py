@@ -56,7 +56,7 @@ class InOrder:
     ) -> Iterator[Result]:
         """See `Executor`."""
         items = list(items)
-        for item, following in zip(items, [*items[1:], None], strict=True):
-            if self.ahead is not None and following is not None:
-                self.ahead(self.inputs[0], following)
+        for number, item in enumerate(items, 1):
+            if self.ahead is not None and number < len(items):
+                self.ahead(self.inputs[0], items[number])
             yield step(*self.inputs, item, *fixed)

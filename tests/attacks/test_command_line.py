@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 
@@ -78,7 +79,7 @@ def test_a_living_lock_is_respected_and_a_dead_one_is_not(tmp_path):
     process.kill()
     process.wait()
     with store.lock(tmp_path):
-        assert (tmp_path / store.LOCK_NAME).read_text() == str(os.getpid())
+        assert (tmp_path / store.LOCK_NAME).read_text() == f"{os.getpid()} {platform.node()}"
     assert not (tmp_path / store.LOCK_NAME).exists()
 
 

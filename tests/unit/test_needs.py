@@ -20,7 +20,7 @@ class Shapes:
     """A source of which only the shapes are known."""
 
     path, name, format, row_order = Path(), "shapes", "hf", "half_split"
-    fingerprint, bytes_on_disk = "", 0
+    fingerprint, bytes_on_disk, files = "", 0, ()
 
     def __init__(self, shape):
         self.config = shape.config()
