@@ -9,7 +9,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs as a script
 
-from benchmarks import bytelm_page, factorise_page, quality_page, speed_page
+from benchmarks import bytelm_page, factorise_page, planner_page, quality_page, speed_page
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -20,6 +20,7 @@ SECTIONS = {
     "quality": quality_page.section,
     "speed": speed_page.section,
     "factorise": factorise_page.section,
+    "planner": planner_page.section,
     "bytelm": bytelm_page.section,
 }
 MARKERS = ("<!-- results -->", "<!-- /results -->")

@@ -1,0 +1,51 @@
+"""The section of docs/results.md on the planner, from benchmarks/results/planner.json."""
+
+from __future__ import annotations
+
+from typing import Any
+
+LIMIT = 0.25  # share by which a prediction may miss
+
+
+def section(result: dict[str, Any]) -> str:
+    """The text of the section: predicted beside measured, misses in bold.
+
+    >>> row = {"measured": 2.0, "predicted": 1.0, "ratio": 0.5}
+    >>> print(line("plan", row, "s", 1))
+    | plan | 2.00 s | 1.00 s | **0.50** |
+    """
+    machine = result["machine"]
+    shape = next(iter(result["runs"].values()))["shape"]["name"]
+    lines = [
+        "## What the planner predicts",
+        f"Machine: {machine['cpu']}, {machine['threads']} thread, {machine['platform']}. Again: "
+        f"`{result['command']}`. Seconds are of the processor, of `main.py --effort fast --format "
+        f"lowrank` on {shape}; rates of this machine are measured first. The fixed second of "
+        "`calibrate`, the terms of `evaluate` and the constant of memory were set after a look at "
+        "such runs. A prediction may miss by a quarter; those that miss by more are bold. "
+        "Survival, at one place of an autoencoder of the 32x set, is off.",
+        "",
+        "| what | measured | predicted | predicted / measured |",
+        "|---|---|---|---|",
+    ]
+    for metric, run in result["runs"].items():
+        lines += [line(f"{stage}, {metric}", row, "s", 1) for stage, row in run["stages"].items()]
+    lines += [
+        line(f"memory of a job, {row['d_model']} x {row['d_ff']}", row, "GB", 1e9)
+        for row in result["memory"]
+    ]
+    tokens = result["survival"]["tokens"]
+    lines += [
+        line(f"survival, {tokens} tokens", result["survival"]["seconds"], "s", 1),
+        line("memory of survival", result["survival"]["memory"], "GB", 1e9),
+    ]
+    return "\n".join(lines)
+
+
+def line(name: str, row: dict[str, float], unit: str, size: float) -> str:
+    """A row of the table."""
+    ratio = f"{row['ratio']:.2f}"
+    if abs(row["ratio"] - 1) > LIMIT:
+        ratio = f"**{ratio}**"
+    measured, predicted = row["measured"] / size, row["predicted"] / size
+    return f"| {name} | {measured:.2f} {unit} | {predicted:.2f} {unit} | {ratio} |"
