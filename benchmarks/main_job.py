@@ -67,8 +67,7 @@ def main() -> None:
 def demo() -> dict[str, Any]:
     """What `make demo` runs after installation, timed as a process."""
     with tempfile.TemporaryDirectory() as folder:
-        words = ["--effort", "fast", "--sae_dir", "embedded"]
-        return measured(words, Path(folder) / "demo")
+        return measured(["--effort", "fast"], Path(folder) / "demo")
 
 
 def calibrate(arguments: argparse.Namespace, folder: Path) -> Path:
