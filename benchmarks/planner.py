@@ -23,6 +23,7 @@ import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs as a script
@@ -37,12 +38,13 @@ CASES = {"activation": "activation", "kfac": "kfac"}
 CONTEXT = 1024
 STAGES = ("calibrate", "plan", "convert", "evaluate")
 MEMORY_SHAPES = ((1024, 3584), (1536, 5376))
-LATENTS, WIDTH, SAE_TOKENS, SAE_K = 131072, 4096, 64, 192
+LATENTS, WIDTH, SAE_TOKENS, SAE_K = 131072, 4096, 512, 192
 TEXTS = 2
 # a job in a process of its own: the shape of a block comes in, the peak memory goes out
 JOB = """
 import json, resource, sys
 from pathlib import Path
+from types import SimpleNamespace
 from qll.convert.planner import keep_candidates
 from qll.load import open_source
 from qll.calibrate import MomentStore
@@ -180,11 +182,14 @@ def memory_row(folder: Path, d_model: int, d_ff: int) -> dict[str, Any]:
 
 
 def survival_row(rates: Any) -> dict[str, Any]:
-    """One place of Llama 3 8B with 131,072 latents: random weights, both models' states encoded."""
+    """One place of Llama 3 8B with 131,072 latents: random weights and states, everything `study`
+    does there but passes through the models."""
     import torch
 
+    from qll.lens.compare import EncodedTriple, survive
+    from qll.lens.measure import check_place, fit
+    from qll.lens.readings import Encoded, Readings
     from qll.lens.sae import SAE
-    from qll.lens.survival import Survival
     from qll.load.sae_file import LatentMatrix, SAESpec, StoredSAE
     from qll.scale.shapes import SHAPES
     from qll.scale.survival import Autoencoders, predict_survival
@@ -192,16 +197,25 @@ def survival_row(rates: Any) -> dict[str, Any]:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     weights = torch.empty(LATENTS, WIDTH, dtype=torch.bfloat16).normal_(std=WIDTH**-0.5)
-    spec = SAESpec("layers.0", WIDTH, LATENTS, WIDTH, "topk", k=SAE_K)
+    spec = SAESpec("layers.1", WIDTH, LATENTS, WIDTH, "topk", k=SAE_K)
     biases = {"b_enc": torch.zeros(LATENTS), "b_dec": torch.zeros(WIDTH)}
     matrix = LatentMatrix(weights)
     sae = SAE(StoredSAE(spec, matrix, matrix, biases))
-    x = torch.randn(SAE_TOKENS, WIDTH)
-    y = x + 0.1 * torch.randn(SAE_TOKENS, WIDTH)
-    survival = Survival(sae)
+    # what the measures ask a model for
+    model = SimpleNamespace(device=torch.device("cpu"), config=SimpleNamespace(num_hidden_layers=3))
+    ids, x = torch.zeros(1, SAE_TOKENS, dtype=torch.int64), torch.randn(1, SAE_TOKENS, WIDTH)
+
+    def encoded(scale: float) -> Encoded:
+        values = {f"layers.{n}": x + scale * torch.randn(x.shape) for n in range(3)}
+        return Encoded(Readings(model, ids, (), values), sae)
+
+    three = EncodedTriple(encoded(0.0), encoded(0.1), encoded(0.01))
     started = time.process_time()
-    survival.update(sae.encode(x), sae.encode(y), x, y)
-    survival.summary()
+    survival, others, _ = survive(three)
+    for found in (survival, *others.values()):
+        found.summary()
+    check_place(three.dense)
+    fit(three.converted)
     spent = time.process_time() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     saes = Autoencoders(places=1, width=LATENTS // WIDTH, k=SAE_K, tokens=SAE_TOKENS)

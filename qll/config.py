@@ -282,6 +282,9 @@ class LensConfig:
     """Folder left by `calibrate`: critical bonds are then cut in its metric, not in the plain."""
     reach: int = 2
     """Blocks before and after a place whose matrices are asked about every feature."""
+    run_again: int = 16
+    """Windows on which the models run again with an autoencoder in place, or a feature taken away:
+    more of them, surer CE scores and effects, more time."""
     out: Path = Path("runs/lens")
     """Output folder; a second run with the same settings resumes it."""
     device: Device = "auto"
@@ -292,6 +295,7 @@ class LensConfig:
     def __post_init__(self) -> None:
         require_positive("--eval_tokens", self.eval_tokens, least=2)
         require_positive("--reach", self.reach, least=1)
+        require_positive("--run_again", self.run_again, least=1)
         if self.eval_text is not None and not self.eval_text.is_file():
             raise UsageError(
                 "no such file",

@@ -173,6 +173,7 @@ def look_at_folder(config: LensConfig) -> Path:
         out / "work",
         None if config.moments is None else moments_of(config.moments, source),
         config.reach,
+        config.run_again,
         config.seed,
     )
     settings = {key: value for key, value in to_json(config).items() if key != "out"}

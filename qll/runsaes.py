@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,6 +37,11 @@ if TYPE_CHECKING:
 
 # Tokens per window: the windows of a text are the documents of the bootstrap, so more is better
 CONTEXT = 256
+# Windows on which `--effort fast` runs the models again (see LensConfig.run_again)
+FAST_RUN_AGAIN = 4
+# Bytes on disk for activations of three models, and places an autoencoder wants them of, about
+READING_BYTES = 4 << 30
+PLACES_EACH = 4
 
 logger = logging.getLogger("qll.runsaes")
 
@@ -128,6 +133,7 @@ class Pair:
     moments: MomentStore | None = None
     """For the metric of critical bonds."""
     reach: int = LensConfig.reach
+    run_again: int = LensConfig.run_again
     seed: int = 0
 
     @property
@@ -155,6 +161,7 @@ def look_at_features(state: Run, moments: MomentStore | None) -> dict[str, Any]:
         state.out,
         state.work,
         moments,
+        run_again=FAST_RUN_AGAIN if state.config.train.effort == "fast" else LensConfig.run_again,
         seed=state.config.seed,
     )
     return look_at_pair(pair, state.config.sae_dir, require_saes(state.config, state.source))
@@ -163,32 +170,52 @@ def look_at_features(state: Run, moments: MomentStore | None) -> dict[str, Any]:
 def look_at_pair(pair: Pair, sae_dir: Path, names: Sequence[str]) -> dict[str, Any]:
     """Study the autoencoders `names` of `sae_dir` one by one; returns what `Pair.done` then says.
 
-    A killed run goes on with the next autoencoder. Raises what `load` and `study` raise.
+    The models read the text once for as many autoencoders as `READING_BYTES` allow. A killed run
+    goes on with the next autoencoder. Raises what `load` and `study` raise.
     """
     from qll.lens import load_sae, study
+    from qll.lens.compare import read_three
+    from qll.lens.readings import places_for
     from qll.model import load, load_dense
 
-    section = pair.done
+    section, scratch = pair.done, pair.work / "readings"
     if len(section["layers"]) == len(names):
         return section
     dense = load_dense(pair.source, torch.float32, pair.device)
     converted = load(pair.model, device=pair.device, dtype=torch.float32, verify=False)
-    for name in names[len(section["layers"]) :]:
-        found = study(
-            dense,
-            converted,
-            load_sae(sae_dir, name, device=pair.device),
-            pair.windows,
-            pair.tokenizer,
-            pair.work / "codes",
-            metric_at=partial(_metric_at, pair.source, pair.moments),
-            reach=pair.reach,
-            seed=pair.seed,
+    layers = dense.config.num_hidden_layers
+    for group in _groups(names[len(section["layers"]) :], pair, dense.config.hidden_size):
+        specs = [open_sae(sae_dir, name).spec for name in group]
+        places = dict.fromkeys(place for spec in specs for place in places_for(spec, layers))
+        store.remove(scratch)
+        three = read_three(
+            *(dense, converted, pair.windows, list(places)),
+            special=pair.tokenizer.all_special_ids,
+            folder=scratch,
         )
-        key = _key(found.entry["hookpoint"], section["layers"])
-        section["layers"][key] = write_study(pair, key, found)
-        store.write_json(pair.work / "sae.json", section)
+        for name in group:
+            found = study(
+                three,
+                load_sae(sae_dir, name, device=pair.device),
+                pair.tokenizer,
+                metric_at=partial(_metric_at, pair.source, pair.moments),
+                reach=pair.reach,
+                run_again=pair.run_again,
+                seed=pair.seed,
+            )
+            key = _key(found.entry["hookpoint"], section["layers"])
+            section["layers"][key] = write_study(pair, key, found)
+            store.write_json(pair.work / "sae.json", section)
+    store.remove(scratch)
     return section
+
+
+def _groups(names: Sequence[str], pair: Pair, width: int) -> Iterator[Sequence[str]]:
+    """Autoencoders whose readings lie on disk at the same time."""
+    each = PLACES_EACH * 3 * 4 * pair.windows.numel() * width
+    size = max(1, READING_BYTES // each)
+    for start in range(0, len(names), size):
+        yield names[start : start + size]
 
 
 def write_study(pair: Pair, key: str, found: Study) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from qll.config import to_json
 from qll.errors import TextError, UsageError
 from qll.lens import load_sae, measure
 from qll.lens.hooks import width_at
+from qll.lens.readings import Encoded, places_for, read
 from qll.load import Source, Text, builtin_texts, encode, open_source, open_tokenizer, read_text
 from qll.load.sae_names import hookpoint_of, site_of
 from qll.load.sae_write import write_saelens, write_sparsify
@@ -213,10 +214,13 @@ def evaluated(
     # spread over all texts
     places = torch.linspace(0, len(held_out) - 1, min(count, len(held_out))).long()
     prepare_training(model, torch.float32, model.device)
+    saes = {name: load_sae(config.out, name, device=model.device) for name in found}
+    layers = model.config.num_hidden_layers
+    wanted = [place for sae in saes.values() for place in places_for(sae.spec, layers)]
     special = tokenizer.all_special_ids
+    readings = read(model, held_out[places], wanted, special=special)
     for name, facts in found.items():
-        sae = load_sae(config.out, name, device=model.device)
-        facts |= measure(model, sae, held_out[places], special=special)
+        facts |= measure(Encoded(readings, saes[name]))
     return found
 
 

@@ -7,31 +7,34 @@ The rest of the activation stays, so the autoencoder's own error cancels. Needed
 that survive by geometry can have lost their effect (Borobia et al. 2026, arXiv 2603.25325).
 
 An edit at token t cannot reach earlier tokens. So a window is read once, and every feature that
-fires on t is taken away in one batch of single tokens behind the cached prefix.
+fires on t is taken away in one batch of single tokens behind the cached prefix, from the
+feature's block on.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 
 from qll.lens.codes import SparseCodes
-from qll.lens.hooks import capture, hooked
+from qll.lens.downstream import spread
+from qll.lens.hooks import hooked
+from qll.lens.readings import Encoded, Readings
+from qll.lens.rest import Rest
 from qll.lens.sae import SAE
 from qll.lens.survival import BLURRED, KEPT
-from qll.lens.tokens import ORDINARY, token_kinds
+from qll.lens.tokens import ORDINARY
 
 # tokens of each window whose features are taken away
 TOKENS_PER_WINDOW = 4
 # edits run side by side
-BATCH = 32
+BATCH = 64
 
 
 class Causal:
@@ -75,34 +78,34 @@ class Causal:
 
 @torch.no_grad()
 def causal(
-    dense: PreTrainedModel,
-    converted: PreTrainedModel,
-    sae: SAE,
-    windows: Int[Tensor, "windows context"],
+    dense: Encoded,
+    converted: Readings,
     *,
-    special: Collection[int] = (),
+    most: int | None = None,
     per_window: int = TOKENS_PER_WINDOW,
     seed: int = 0,
 ) -> Causal:
     """Take away, one by one, all features firing on `per_window` ordinary tokens of each window.
 
-    Tokens are drawn from the second half of a window, so that there is a context; windows without
-    an ordinary token there add nothing. Raises UsageError as `hooked` does.
+    most: of so many windows at most, spread over all. Tokens are drawn from the second half of a
+    window, so that there is a context; windows without an ordinary token there add nothing.
+    Raises UsageError as `hooked` does.
     """
+    sae, writes = dense.sae, dense.sae.spec.writes
     hand, found = torch.Generator().manual_seed(seed), Causal(sae.spec.d_sae)
-    reads, writes = sae.spec.hookpoint, sae.spec.writes
-    for window in tqdm(windows, f"causal at {writes}", unit="w", file=sys.stderr, disable=None):
-        seen = capture(dense, window[None], list(dict.fromkeys([reads, writes])))
-        kinds = token_kinds(window, seen[writes][0], special)
-        later = torch.arange(len(window)) >= len(window) // 2
+    numbers = spread(len(dense.windows), most)
+    for number in tqdm(numbers, f"causal at {writes}", unit="w", file=sys.stderr, disable=None):
+        kinds = dense.kinds(number)
+        later = torch.arange(len(kinds)) >= len(kinds) // 2
         places = ((kinds == ORDINARY) & later).nonzero()[:, 0]
         chosen = places[torch.randperm(len(places), generator=hand)[:per_window]].sort().values
-        codes = sae.encode(seen[reads][0][chosen.to(seen[reads].device)])
+        codes = dense.codes[number][chosen].to(sae.device)
         changes = [
-            _changes(model, sae, window, chosen, codes, writes) for model in (dense, converted)
+            _changes(Rest(readings, writes), sae, number, chosen, codes)
+            for readings in (dense.readings, converted)
         ]
-        for number, (before, after) in enumerate(zip(*changes, strict=True)):
-            features = codes[number : number + 1].entries()[1].cpu()
+        for place, (before, after) in enumerate(zip(*changes, strict=True)):
+            features = codes[place : place + 1].entries()[1].cpu()
             real = before.norm(dim=1) > 0
             if real.any():
                 found.add(features[real], before[real], after[real])
@@ -110,48 +113,40 @@ def causal(
 
 
 def _changes(
-    model: PreTrainedModel,
-    sae: SAE,
-    window: Int[Tensor, " context"],
-    chosen: Int[Tensor, " places"],
-    codes: SparseCodes,
-    hookpoint: str,
+    rest: Rest, sae: SAE, number: int, chosen: Int[Tensor, " places"], codes: SparseCodes
 ) -> list[Float[Tensor, "edits vocab"]]:
     """Per chosen token, the change of the next-token logits by every feature taken away."""
-    ids, cache, start, found = window.to(model.device), DynamicCache(), 0, []
-    for number, place in enumerate(chosen.tolist()):
+    cache, start, found = DynamicCache(), 0, []
+    for row, place in enumerate(chosen.tolist()):
         if place > start:  # the tokens before, as they are
-            model.base_model(input_ids=ids[None, start:place], cache=cache, use_cache=True)
-        one = codes[number : number + 1]
+            rest.states(number, slice(start, place), cache=cache)
+        one = codes[row : row + 1]
         _, features, values = one.entries()
         parts = values[:, None] * sae.directions(features)
         parts = parts if one.scale is None else parts * one.scale
-        clean, rows = _logits(model, ids[place], cache, parts[:1] * 0, hookpoint), []
-        for part in parts.split(BATCH):
-            rows.append(_logits(model, ids[place], cache, part, hookpoint) - clean)
-        found.append(torch.cat(rows).float().cpu() if rows else clean[:0].cpu())
+        # the first row of the first batch takes nothing away
+        rows = torch.cat([parts[:1] * 0, parts]).split(BATCH)
+        logits = torch.cat([_logits(rest, number, place, cache, part) for part in rows])
+        found.append((logits[1:] - logits[:1]).float().cpu())
         start = place
     return found
 
 
 def _logits(
-    model: PreTrainedModel, token: Tensor, cache: DynamicCache, minus: Tensor, hookpoint: str
+    rest: Rest, number: int, place: int, cache: DynamicCache, minus: Float[Tensor, "edits d"]
 ) -> Float[Tensor, "edits vocab"]:
-    """Next-token logits after the cached tokens and `token`, with each row of `minus` taken away
-    from the activation at `hookpoint`; the cache is left as it was."""
-    length = cache.get_seq_length()
-    own = DynamicCache()
-    for layer, held in enumerate(cache.layers if length else []):
+    """Next-token logits after the cached tokens and the one at `place`, with each row of `minus`
+    taken away from the activation there; the cache is left as it was."""
+    own, model = DynamicCache(), rest.readings.model
+    for layer, held in enumerate(cache.layers if cache.get_seq_length() else []):
         shape = (len(minus), -1, -1, -1)
         own.update(held.keys.expand(shape), held.values.expand(shape), layer)
 
     def take(value: Tensor) -> Tensor:
         return value - minus[:, None].to(value.device, value.dtype)
 
-    with hooked(model, [(hookpoint, take)]):
-        states = model.base_model(
-            input_ids=token.expand(len(minus), 1), cache=own, use_cache=True
-        ).last_hidden_state
+    with hooked(model, [(rest.hookpoint, take)]):
+        states = rest.states(number, slice(place, place + 1), copies=len(minus), cache=own)
     return model.lm_head(states[:, -1]).float()
 
 
@@ -161,7 +156,10 @@ def spearman(one: Float[Tensor, "n width"], two: Float[Tensor, "n width"]) -> Fl
     >>> spearman(torch.tensor([[1.0, 2.0, 9.0]]), torch.tensor([[0.0, 5.0, 6.0]])).tolist()
     [1.0]
     """
-    ranks = [part.argsort(dim=1, stable=True).argsort(dim=1).double() for part in (one, two)]
-    width = one.shape[1]
-    apart = (ranks[0] - ranks[1]).square().sum(1)
+    width, ranks = one.shape[1], []
+    for part in (one, two):
+        order = part.argsort(dim=1, stable=True)
+        places = torch.arange(width, device=order.device).expand_as(order)
+        ranks.append(torch.empty_like(order).scatter_(1, order, places))
+    apart = (ranks[0] - ranks[1]).square().sum(1).double()
     return 1 - 6 * apart / (width * (width**2 - 1))

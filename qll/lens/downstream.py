@@ -12,22 +12,20 @@ Source: SAELens evals.py and dictionary_learning's loss_recovered.
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection
 from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from qll.lens.attach import attach
-from qll.lens.hooks import capture, hooked, states_from
+from qll.lens.hooks import hooked
 from qll.lens.intervals import bootstrap
-from qll.lens.sae import SAE
-from qll.lens.tokens import ORDINARY, token_kinds
-from qll.load.sae_names import hookpoint_of, site_of
+from qll.lens.readings import Encoded
+from qll.lens.rest import Rest
+from qll.lens.tokens import ORDINARY
 
 # Bytes of float32 logits held at a time, per model state
 LOGIT_BYTES = 64 << 20
@@ -37,69 +35,77 @@ COLUMNS = ("tokens", "ce_clean", "ce_sae", "ce_zero", "kl_sae", "kl_zero")
 
 
 @torch.no_grad()
-def downstream(
-    model: PreTrainedModel,
-    sae: SAE,
-    windows: Int[Tensor, "windows context"],
-    *,
-    special: Collection[int] = (),
-    hookpoint: str | None = None,
-) -> dict[str, dict[str, Any]]:
-    """Raw cross-entropies, KL divergences and both scores of `sae` in `model`, for both variants.
+def downstream(encoded: Encoded, priced: int | None = None) -> dict[str, dict[str, Any]]:
+    """Raw cross-entropies, KL divergences and both scores of an autoencoder, for both variants.
 
-    Each window is a document of the bootstrap. hookpoint: where to put it, if not where the
-    autoencoder says. Five passes over the windows, of which only the first runs the blocks before
-    that place; logits exist a few tokens at a time.
+    Each window is a document of the bootstrap; priced: take so many windows at most, spread over
+    all. Per window four passes from the autoencoder's block on; the clean pass is in the readings.
+    Logits exist a few tokens at a time.
     """
-    place = hookpoint or sae.spec.writes
-    block = site_of(place).block or 0
-    stream = hookpoint_of(f"layers.{block}.input")
-    rows: dict[str, list[Tensor]] = {name: [] for name in VARIANTS}
-    for window in tqdm(windows, f"CE at {place}", unit="window", file=sys.stderr, disable=None):
-        ids = window[None].to(model.device)
-        seen = capture(model, ids, list(dict.fromkeys([stream, place])))
-        ordinary = (token_kinds(window, seen[place][0], special) == ORDINARY)[None]
-        states = partial(_states, model, ids, block, seen[stream])
-        clean = states()
-        for name in VARIANTS:
-            positions = ordinary if name == "ordinary" else torch.ones_like(ordinary)
-            with attach(model, {place: sae}, mode="replace", positions=positions):
-                patched = states()
-            with hooked(model, [(place, _zeros(positions))]):
-                zeroed = states()
-            rows[name].append(_sums(model, [clean, patched, zeroed], window))
-    return {name: _scores(torch.stack(found)) for name, found in rows.items()}
+    model, place = encoded.readings.model, encoded.sae.spec.writes
+    rest, rows = Rest(encoded.readings, place), []
+    chosen = spread(len(encoded.windows), priced)
+    for number in tqdm(chosen, f"CE at {place}", unit="window", file=sys.stderr, disable=None):
+        made, ordinary = encoded.decoded(number), encoded.kinds(number) == ORDINARY
+        states = [encoded.readings.states(number)]
+        for where in (ordinary, torch.ones_like(ordinary)):
+            for value in (made, torch.zeros_like(made)):
+                with hooked(model, [(place, partial(_replaced, value, where))]):
+                    states.append(rest.states(number)[0])
+        rows.append(_sums(model, states, encoded.readings.windows[number]))
+    table = torch.stack(rows)
+    return {name: _scores(table[:, line]) for line, name in enumerate(VARIANTS)}
 
 
-def _states(model: PreTrainedModel, ids: Tensor, block: int, stream: Tensor) -> Tensor:
-    # the embedding is no block: what hangs on it needs its ids
-    if block == 0:
-        return model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
-    return states_from(model, block, stream)[0]
+def spread(count: int, most: int | None) -> list[int]:
+    """At most `most` of the numbers below `count`, at even distances.
+
+    >>> spread(5, 2), spread(2, None)
+    ([0, 4], [0, 1])
+    """
+    most = count if most is None else min(most, count)
+    return torch.linspace(0, count - 1, most).round().int().tolist()
 
 
-def _zeros(positions: Bool[Tensor, "batch seq"]) -> Any:
-    def handler(value: Tensor) -> Tensor:
-        return value.masked_fill(positions.to(value.device)[..., None], 0)
+def _replaced(
+    made: Float[Tensor, "tokens d"], where: Bool[Tensor, " tokens"], value: Tensor
+) -> Tensor:
+    made = made.to(value.device, value.dtype)
+    return torch.where(where.to(value.device)[:, None], made, value[0])[None]
 
-    return handler
 
+def _sums(
+    model: PreTrainedModel,
+    states: list[Float[Tensor, "context d"]],
+    window: Int[Tensor, " context"],
+) -> Float[Tensor, "variants columns"]:
+    """Sums over the scored tokens of one window, float64, in the order of VARIANTS and COLUMNS.
 
-def _sums(model: PreTrainedModel, states: list[Tensor], window: Tensor) -> Tensor:
-    """Sums over the scored tokens of one window, float64, in the order of COLUMNS."""
-    total = torch.zeros(len(COLUMNS), dtype=torch.float64)
+    states: clean, then two of each variant. With z the logits and n their logsumexp, CE = n -
+    z_target and, where p = exp(z - n), KL(p || q) = sum p (z - z_q) - n + n_q: one exponential of
+    the vocabulary per state.
+    """
+    total = torch.zeros(len(VARIANTS), len(COLUMNS), dtype=torch.float64)
     step = max(1, LOGIT_BYTES // (4 * model.config.vocab_size))
     targets = window.to(model.device).long()
     for start in range(0, len(window) - 1, step):
         stop = min(start + step, len(window) - 1)
-        logs = [model.lm_head(part[start:stop]).float().log_softmax(-1) for part in states]
         wanted = targets[start + 1 : stop + 1, None]
-        losses = [-log.gather(-1, wanted) for log in logs]
-        clean = logs[0].exp()
-        losses += [(clean * (logs[0] - log)).sum(-1) for log in logs[1:]]
+        clean = model.lm_head(states[0][start:stop]).float()
+        norm = clean.logsumexp(-1)
+        share = (clean - norm[:, None]).exp_()
+        found = [norm - clean.gather(-1, wanted)[:, 0]]
+        for state in states[1:]:
+            logits = model.lm_head(state[start:stop]).float()
+            own = logits.logsumexp(-1)
+            found.append(own - logits.gather(-1, wanted)[:, 0])
+            found.append(torch.linalg.vecdot(share, clean.sub(logits)) - norm + own)
         # float64 after the move to the CPU: not every device has it
-        losses = [loss.cpu().double().sum() for loss in losses]
-        total += torch.tensor([stop - start, *map(float, losses)], dtype=torch.float64)
+        ce_clean, *others = [part.cpu().double().sum() for part in found]
+        for line in range(len(VARIANTS)):
+            ce_sae, kl_sae, ce_zero, kl_zero = others[4 * line : 4 * line + 4]
+            values = (stop - start, ce_clean, ce_sae, ce_zero, kl_sae, kl_zero)
+            total[line] += torch.tensor(values, dtype=torch.float64)
     return total
 
 

@@ -8,7 +8,7 @@ feature adds to a logit on the direct path. Both ignore later blocks, and say no
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qll.lens.cache import CodeCache
+from qll.lens.codes import SparseCodes
 from qll.lens.hooks import capture
 from qll.lens.sae import SAE
 
@@ -94,23 +94,23 @@ def direct_attribution(
 
 
 def top_examples(
-    cache: CodeCache,
-    hookpoint: str,
+    codes: Iterable[tuple[int, SparseCodes]],
+    windows: Int[Tensor, "windows context"],
     features: Collection[int],
     tokenizer: PreTrainedTokenizerBase,
     count: int = 8,
 ) -> dict[int, list[Example]]:
     """The windows in which each of `features` fires most, strongest first, at most `count`.
 
-    One pass over the cache; memory grows with features x count. A feature that never fires has an
-    empty list.
+    codes: numbers of windows with their codes, of a `CodeCache` for instance; read once. Memory
+    grows with features x count. A feature that never fires has an empty list.
     """
     wanted = torch.tensor(sorted(set(features)), dtype=torch.int64)
     best: dict[int, list[tuple[float, int, int, Tensor]]] = {int(name): [] for name in wanted}
-    for number, codes in cache.codes(hookpoint):
-        here = torch.isin(codes.indices, wanted) & (codes.values != 0)
-        for feature in codes.indices[here].unique().tolist():
-            active = codes.of(feature)
+    for number, found in codes:
+        here = torch.isin(found.indices, wanted) & (found.values != 0)
+        for feature in found.indices[here].unique().tolist():
+            active = found.of(feature)
             position = int(active.argmax())
             start = max(0, position - BEFORE)
             shown = active[start : position + AFTER + 1].clone()
@@ -119,16 +119,16 @@ def top_examples(
             if len(best[feature]) > count:
                 heapq.heappop(best[feature])
     return {
-        feature: [_example(cache, entry, tokenizer) for entry in sorted(found, reverse=True)]
+        feature: [_example(windows, entry, tokenizer) for entry in sorted(found, reverse=True)]
         for feature, found in best.items()
     }
 
 
 def _example(
-    cache: CodeCache, entry: tuple[float, int, int, Tensor], tokenizer: PreTrainedTokenizerBase
+    windows: Tensor, entry: tuple[float, int, int, Tensor], tokenizer: PreTrainedTokenizerBase
 ) -> Example:
     value, minus_window, position, shown = entry
     start = max(0, position - BEFORE)
-    ids = cache.windows[-minus_window, start : start + len(shown)].tolist()
+    ids = windows[-minus_window, start : start + len(shown)].tolist()
     pieces = tuple(tokenizer.decode([token]) for token in ids)
     return Example(value, -minus_window, position, pieces, tuple(shown.tolist()))

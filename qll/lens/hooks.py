@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from qll.errors import UsageError
 from qll.load.sae_names import Site, site_of
@@ -79,11 +79,15 @@ def capture(
 
 @torch.no_grad()
 def states_from(
-    model: PreTrainedModel, block: int, stream: Float[Tensor, "batch seq d_model"]
+    model: PreTrainedModel,
+    block: int,
+    stream: Float[Tensor, "batch seq d_model"],
+    cache: Cache | None = None,
 ) -> Float[Tensor, "batch seq d_model"]:
     """What the output matrix reads, computed from the residual stream that block `block` reads.
 
     The blocks before it are not run; hooks on the others work. Same numbers as the whole model's.
+    cache: of these blocks alone, with the tokens before; is added to.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> config = LlamaConfig(vocab_size=10, hidden_size=8, intermediate_size=8, num_hidden_layers=2,
@@ -96,10 +100,16 @@ def states_from(
     base = model.base_model
     layers, count = base.layers, model.config.num_hidden_layers
     base.layers, model.config.num_hidden_layers = layers[block:], count - block
+    # a block finds its keys and values by its number
+    for number, layer in enumerate(base.layers):
+        layer.self_attn.layer_idx = number
     try:
-        return base(inputs_embeds=stream, use_cache=False).last_hidden_state
+        found = base(inputs_embeds=stream, cache=cache, use_cache=cache is not None)
+        return found.last_hidden_state
     finally:
         base.layers, model.config.num_hidden_layers = layers, count
+        for number, layer in enumerate(layers):
+            layer.self_attn.layer_idx = number
 
 
 def module_at(model: PreTrainedModel, hookpoint: str) -> nn.Module:

@@ -8,72 +8,36 @@ after too, and anything but a clear best at the block itself is said.
 from __future__ import annotations
 
 import logging
-import sys
-from collections.abc import Collection
 from typing import Any
 
-import torch
-from jaxtyping import Int
-from torch import Tensor
-from tqdm import tqdm
-from transformers import PreTrainedModel
-
 from qll.lens.downstream import downstream
-from qll.lens.hooks import capture
-from qll.lens.sae import SAE
+from qll.lens.readings import Encoded
 from qll.lens.sae_metrics import SAEMetrics
-from qll.lens.tokens import token_kinds
-from qll.load.sae_names import neighbour
 
 logger = logging.getLogger("qll.lens")
 
 
-@torch.no_grad()
-def fit_at(
-    model: PreTrainedModel,
-    sae: SAE,
-    windows: Int[Tensor, "windows context"],
-    *,
-    special: Collection[int] = (),
-    step: int = 0,
-) -> dict[str, Any]:
-    """`SAEMetrics.summary` of `sae` in `model`, `step` blocks after its own place.
-
-    Each window is a document. Raises UsageError when the model has no such place, ShapeError when
-    its width is another.
-    """
-    spec = sae.spec
-    reads, writes = (neighbour(place, step) for place in (spec.hookpoint, spec.writes))
+def fit(encoded: Encoded) -> dict[str, Any]:
+    """`SAEMetrics.summary` of an autoencoder on a model's readings; each window is a document."""
+    spec = encoded.sae.spec
     metrics = SAEMetrics(spec.d_sae, spec.d_out)
-    for number, window in enumerate(
-        tqdm(windows, f"FVU at {writes}", unit="window", file=sys.stderr, disable=None)
-    ):
-        places = list(dict.fromkeys([reads, writes]))
-        seen = {name: value[0] for name, value in capture(model, window[None], places).items()}
-        codes = sae.encode(seen[reads])
-        kinds = token_kinds(window, seen[writes], special)
-        metrics.update(seen[writes], sae.decode(codes, seen[reads]), codes, kinds, number)
+    for number in encoded.windows:
+        codes, kinds = encoded.codes[number], encoded.kinds(number)
+        metrics.update(encoded.written(number), encoded.decoded(number), codes, kinds, number)
     return metrics.summary()
 
 
-def check_place(
-    model: PreTrainedModel,
-    sae: SAE,
-    windows: Int[Tensor, "windows context"],
-    *,
-    special: Collection[int] = (),
-) -> dict[str, float | None]:
-    """FVU of `sae` on ordinary tokens at its place and one block before and after, by hookpoint.
+def check_place(encoded: Encoded) -> dict[str, float | None]:
+    """FVU on ordinary tokens at its place and one block before and after, by hookpoint.
 
     Warns unless its own place is the best of them and its FVU below 1 (above, the mean alone
     describes the activations better: it belongs to another model or another place).
     """
-    own, found = sae.spec.writes, {}
+    own, found = encoded.sae.spec.writes, {}
     for step in (-1, 0, 1):
-        places = [neighbour(place, step) for place in (sae.spec.hookpoint, own)]
-        if None in places or not _has(model, places[1]):
-            continue
-        found[places[1]] = fit_at(model, sae, windows, special=special, step=step)["fvu"]
+        moved = encoded.moved(step)
+        if moved is not None:
+            found[moved.sae.spec.writes] = fit(moved)["fvu"]
     ranked = sorted(found, key=lambda name: float("inf") if found[name] is None else found[name])
     if ranked[0] != own:
         logger.warning(
@@ -94,29 +58,16 @@ def check_place(
     return found
 
 
-def measure(
-    model: PreTrainedModel,
-    sae: SAE,
-    windows: Int[Tensor, "windows context"],
-    *,
-    special: Collection[int] = (),
-) -> dict[str, Any]:
-    """An entry of report.json's `sae.layers`: all of `fit_at`, and `downstream` of both variants.
+def measure(encoded: Encoded, priced: int | None = None) -> dict[str, Any]:
+    """An entry of report.json's `sae.layers`: all of `fit`, and `downstream` of both variants.
 
     `dead` and `ce_score` stand at the top level: the number of features that never fired on
-    ordinary tokens, and the score with ordinary tokens patched.
+    ordinary tokens, and the score with ordinary tokens patched. priced: see `downstream`.
     """
-    fit = fit_at(model, sae, windows, special=special)
-    prices = downstream(model, sae, windows, special=special)
+    found, prices = fit(encoded), downstream(encoded, priced)
     return {
-        **fit,
-        "dead": fit["features"]["dead"],
+        **found,
+        "dead": found["features"]["dead"],
         "ce_score": prices["ordinary"]["ce_score"],
         "downstream": prices,
     }
-
-
-def _has(model: PreTrainedModel, hookpoint: str) -> bool:
-    block = neighbour(hookpoint, 0)
-    number = block.split(".")[1] if block and block.startswith("layers.") else "-1"
-    return int(number) < model.config.num_hidden_layers

@@ -1,26 +1,23 @@
 """Everything about one autoencoder on an original and a converted model: a page of the report.
 
-`study` adds to `compare` (one pass over a text, with controls) what weights say alone, what taking
+`study` adds to `compare` (fit, survival and controls) what weights say alone, what taking
 features away does, and the contexts in which the most damaged and the most robust features fire.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from pathlib import Path
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from qll import store
 from qll.convert.metric import Metric
-from qll.lens.cache import CodeCache, write_cache
 from qll.lens.causal import Causal, causal
-from qll.lens.compare import entry_of, survive
-from qll.lens.features import BEFORE, top_examples
+from qll.lens.codes import SparseCodes
+from qll.lens.compare import EncodedTriple, Triple, entry_of, survive
+from qll.lens.features import BEFORE, Example, top_examples
 from qll.lens.sae import SAE
 from qll.lens.survival import Survival
 from qll.lens.weight_table import MOST_FEATURES, REACH, WeightTable, plain_everywhere, weight_table
@@ -42,36 +39,35 @@ class Study(NamedTuple):
 
 
 def study(
-    dense: PreTrainedModel,
-    converted: PreTrainedModel,
+    readings: Triple,
     sae: SAE,
-    windows: Int[Tensor, "windows context"],
     tokenizer: PreTrainedTokenizerBase,
-    scratch: Path,
     *,
     metric_at: Callable[[str], Metric] = plain_everywhere,
     reach: int = REACH,
+    run_again: int | None = None,
     seed: int = 0,
 ) -> Study:
     """Compare, weigh, take away, and collect examples; see the module.
 
-    scratch: a folder for codes, deleted at the end. metric_at: see `weight_table`.
+    readings: at the `places_for` the autoencoder at least. metric_at: see `weight_table`.
+    run_again: windows, spread over all, on which the models run again with something replaced or
+    taken away (prices, causal effects); None is all of them.
     Warns as `compare` does; raises UsageError and ShapeError for an autoencoder that does not fit.
     """
-    special = tokenizer.all_special_ids
-    survival, others, ledger = survive(dense, converted, sae, windows, special=special, seed=seed)
+    three, dense, converted = readings.encoded(sae), readings.dense.model, readings.converted.model
+    survival, others, ledger = survive(three, seed=seed)
     fires = survival.counts["fires"]
     order = fires.argsort(descending=True, stable=True)[:MOST_FEATURES]
     asked = order[fires[order] > 0].sort().values
     table = weight_table(dense, converted, sae, asked, metric_at, reach=reach)
-    effects = causal(dense, converted, sae, windows, special=special, seed=seed)
-    entry = entry_of(dense, converted, sae, windows, survival, others, ledger, special)
+    effects = causal(three.dense, readings.converted, most=run_again, seed=seed)
+    entry = entry_of(three, survival, others, ledger, run_again)
     entry |= {"causal": effects.summary(), "weights": table.summary()}
     wanted = remarkable(survival)
     entry["remarkable"] = wanted
     shown = sorted({feature for found in wanted.values() for feature in found})
-    examples = _examples(dense, converted, sae, windows, tokenizer, scratch, shown)
-    return Study(entry, _arrays(survival, effects, table), examples)
+    return Study(entry, _arrays(survival, effects, table), _examples(three, tokenizer, shown))
 
 
 def remarkable(survival: Survival, count: int = SHOWN) -> dict[str, list[int]]:
@@ -108,47 +104,25 @@ def _arrays(survival: Survival, effects: Causal, table: WeightTable) -> dict[str
 
 
 def _examples(
-    dense: PreTrainedModel,
-    converted: PreTrainedModel,
-    sae: SAE,
-    windows: Tensor,
-    tokenizer: PreTrainedTokenizerBase,
-    scratch: Path,
-    features: Collection[int],
+    three: EncodedTriple, tokenizer: PreTrainedTokenizerBase, features: Collection[int]
 ) -> dict[int, list[dict[str, Any]]]:
     """The contexts in which features fire most in the original, with both models' activations."""
-    if not features:
-        return {}
-    store.remove(scratch)
-    place, caches = sae.spec.writes, []
-    for name, model in (("dense", dense), ("converted", converted)):
-        caches.append(write_cache(model, {place: sae}, windows, scratch / name))
-    top = top_examples(caches[0], place, features, tokenizer, CONTEXTS)
-    found = {
-        feature: [
-            {
-                "tokens": list(example.tokens),
-                "before": list(example.activations),
-                "window": example.window,
-                "start": max(0, example.position - BEFORE),
-            }
-            for example in examples
-        ]
+    codes, windows = enumerate(three.dense.codes), three.dense.readings.windows
+    top = top_examples(codes, windows, features, tokenizer, CONTEXTS)
+    return {
+        feature: [_shown(three.converted.codes, feature, example) for example in examples]
         for feature, examples in top.items()
     }
-    _add_converted(caches[1], place, found)
-    store.remove(scratch)
-    return found
 
 
-def _add_converted(cache: CodeCache, place: str, found: dict[int, list[dict[str, Any]]]) -> None:
-    """Add `after`, the converted model's activations on the same tokens, to every example."""
-    by_window: dict[int, list[tuple[int, dict[str, Any]]]] = {}
-    for feature, examples in found.items():
-        for example in examples:
-            by_window.setdefault(example["window"], []).append((feature, example))
-    for number, codes in cache.codes(place):
-        for feature, example in by_window.get(number, ()):
-            start = example["start"]
-            active = codes[start : start + len(example["tokens"])].of(feature)
-            example["after"] = active.tolist()
+def _shown(converted: Sequence[SparseCodes], feature: int, example: Example) -> dict[str, Any]:
+    """An example and, as `after`, the converted model's activations on the same tokens."""
+    start = max(0, example.position - BEFORE)
+    part = slice(start, start + len(example.tokens))
+    return {
+        "tokens": list(example.tokens),
+        "before": list(example.activations),
+        "after": converted[example.window][part].of(feature).tolist(),
+        "window": example.window,
+        "start": start,
+    }

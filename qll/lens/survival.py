@@ -33,6 +33,7 @@ KEPT, BLURRED = 0.9, 0.5
 # a firing is firm if it exceeds the weakest on its token by this share
 MARGIN = 0.1
 CDF_POINTS = 101
+DIRECTION_BYTES = 32 << 20  # of directions in float32 at a time
 CLASSES = ("kept", "blurred", "lost", "silenced")
 SUMS = ("a", "b", "aa", "bb", "ab", "aa_both", "written", "written_after")
 COUNTS = ("fires", "fires_after", "both", "firm_both", "firm_any")
@@ -220,17 +221,18 @@ class Survival:
         self.peak.scatter_reduce_(0, features, pairs.before.abs(), "amax")
 
     def _add_directions(self, codes: SparseCodes, x: Tensor, x_after: Tensor) -> None:
-        """sum a (x - b_dec).d: one row of W_dec per firing."""
-        bias = self.sae.stored.vectors["b_dec"].cpu()
-        tokens, features, values = codes.entries()
-        step = max(1, (32 << 20) // (4 * self.sae.spec.d_out))
-        for start in range(0, len(tokens), step):
-            part = slice(start, start + step)
-            needed, places = torch.unique(features[part], return_inverse=True)
+        """sum a (x - b_dec).d, and with x_after: each direction is fetched once for both."""
+        both = torch.stack([x, x_after], dim=-1) - self.sae.stored.vectors["b_dec"].cpu()[:, None]
+        width = codes.values.shape[1]
+        step = max(1, DIRECTION_BYTES // (4 * width * self.sae.spec.d_out))
+        for start in range(0, len(codes), step):
+            part = codes[start : start + step]
+            needed, places = torch.unique(part.indices, return_inverse=True)
             rows = self.sae.directions(needed).cpu()[places]
-            for name, source in (("written", x), ("written_after", x_after)):
-                dots = ((source[tokens[part]] - bias) * rows).sum(1) * values[part]
-                self.sums[name].index_add_(0, features[part], dots.double())
+            dots = (rows @ both[start : start + step]) * part.values[..., None]
+            for number, name in enumerate(("written", "written_after")):
+                found = dots[..., number].double().flatten()
+                self.sums[name].index_add_(0, part.indices.flatten(), found)
 
     def _per_token(self, name: str) -> float:
         only = self.counts[name].sum() - self.counts["both"].sum()

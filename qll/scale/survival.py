@@ -1,7 +1,9 @@
 """What it takes to say which features of autoencoders survive, in closed form.
 
-Per place: the autoencoder is read once, both models' activations of every token are encoded, and
-six sums per feature are kept. Nothing larger than one block of latents by one batch is held.
+Per place six sets of activations are encoded: of both models, of the two controls that have their
+own (noise, rounding), and of the blocks before and after, which say whether the place is right.
+Four comparisons then fetch the direction of everything that fires, and four fits decode. Passes
+through the models are not in it. Nothing larger than one block of latents by one batch is held.
 """
 
 from __future__ import annotations
@@ -15,7 +17,11 @@ from qll.scale.shapes import Shape
 from qll.scale.work import Operation, seconds
 
 BATCH_TOKENS = 4096  # encoded at a time
-SUMS = 6  # per feature, float64
+SUMS = 8  # per feature, float64
+ENCODED, COMPARED, FITTED = 6, 4, 4
+# bytes moved: per latent and token by finding the k largest, per number of a direction that is
+# fetched (gathered twice, read once), and per number of one that is decoded
+TOPK_BYTES, FETCH_BYTES, DECODE_BYTES = 16, 20, 12
 FLOAT32 = 4
 
 
@@ -43,16 +49,19 @@ def predict_survival(shape: Shape, machine: Machine, saes: Autoencoders) -> dict
     """
     latents = saes.width * shape.d_model
     numbers = latents * shape.d_model
-    encode = Operation("forward", 2 * 2.0 * saes.tokens * numbers, shape.d_model)
-    # blocks of latents are read and widened for every batch of tokens, once for each model
+    encode = Operation("forward", ENCODED * 2.0 * saes.tokens * numbers, shape.d_model)
+    # blocks of latents are read and widened for every batch of tokens; directions once more for
+    # their norms, in each comparison
     batches = -(-saes.tokens // BATCH_TOKENS)
-    widen = 2.0 * batches * numbers * (saes.itemsize + 2 * FLOAT32)
-    gather = 2.0 * FLOAT32 * saes.tokens * saes.k * shape.d_model
-    decode = Operation("bytes", widen + gather)
+    widen = (ENCODED * batches + COMPARED) * numbers * (saes.itemsize + 2 * FLOAT32)
+    largest = ENCODED * TOPK_BYTES * saes.tokens * latents
+    fires = saes.tokens * saes.k * shape.d_model
+    moved = widen + largest + fires * (COMPARED * FETCH_BYTES + FITTED * DECODE_BYTES)
+    move = Operation("bytes", float(moved))
     if machine.gpu_flops:
         computed = encode.count / machine.gpu_flops
     else:
-        computed = seconds([encode, decode], machine.rates) / machine.cores
+        computed = seconds([encode, move], machine.rates) / machine.cores
     size = saes.itemsize * (2 * numbers + latents + shape.d_model)
     each = computed + size / machine.disk
     return {
@@ -62,10 +71,10 @@ def predict_survival(shape: Shape, machine: Machine, saes: Autoencoders) -> dict
         "disk": saes.places * size,
         "seconds_per_place": each,
         "seconds": saes.places * each,
-        # the file as it is, one block of latents in float32, the sums, both models' states
+        # the file as it is, one block of latents in float32, the sums, all states and one noise
         "memory": PROCESS_BYTES
         + size
         + FLOAT32 * 8192 * shape.d_model
         + 8 * SUMS * latents
-        + 2 * FLOAT32 * saes.tokens * shape.d_model,
+        + (ENCODED + 1) * FLOAT32 * saes.tokens * shape.d_model,
     }

@@ -68,7 +68,7 @@ def _survival(found: dict[str, Any], memory: float) -> list[str]:
         f"which features survive, {found['places']} places with {found['latents']:,} latents, "
         f"{found['tokens']:,} tokens:",
         f"  {duration(found['seconds_per_place'])} a place, {duration(found['seconds'])} in all "
-        f"(beside two forward passes), {size(found['memory'])} of memory{fits}, "
+        f"(beside passes through the models), {size(found['memory'])} of memory{fits}, "
         f"{size(found['disk'])} of files",
     ]
 

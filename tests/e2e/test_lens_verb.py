@@ -74,11 +74,11 @@ def test_a_killed_look_goes_on(tiny_checkpoint, converted, autoencoders, tmp_pat
 
     study, seen = qll.lens.study, []
 
-    def interrupted(dense, model, sae, *rest, **more):
+    def interrupted(readings, sae, *rest, **more):
         seen.append(sae.spec.hookpoint)
         if len(seen) == 2:
             raise KeyboardInterrupt
-        return study(dense, model, sae, *rest, **more)
+        return study(readings, sae, *rest, **more)
 
     monkeypatch.setattr(qll.lens, "study", interrupted)
     out = tmp_path / "lens"

@@ -7,6 +7,7 @@ import torch
 
 from qll.lens import SAE
 from qll.lens.hooks import capture
+from qll.lens.readings import Encoded, places_for, read
 from qll.load.sae_file import LatentMatrix, SAESpec, StoredSAE
 from tests.conftest import VOCAB, make_tiny_llama
 
@@ -44,6 +45,12 @@ def fitted_sae(model, windows, hookpoint="layers.0", k=24) -> SAE:
     spec = SAESpec(hookpoint, width, len(both), width, "topk", k=k)
     biases = {"b_enc": torch.zeros(len(both)), "b_dec": mean}
     return SAE(StoredSAE(spec, LatentMatrix(both), LatentMatrix(both), biases))
+
+
+def encoded(model, sae, windows, special=()) -> Encoded:
+    """What `sae` makes of `model` on the windows, read at all the places it can want."""
+    places = places_for(sae.spec, model.config.num_hidden_layers)
+    return Encoded(read(model, windows, places, special=special), sae)
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,8 @@ from scipy.stats import spearmanr
 from qll.lens.attach import attach
 from qll.lens.causal import _changes, causal, spearman
 from qll.lens.hooks import capture
-from tests.unit.lens.conftest import fitted_sae, random_sae
+from qll.lens.rest import Rest
+from tests.unit.lens.conftest import encoded, fitted_sae, random_sae
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,8 @@ def test_one_token_behind_a_cache_is_a_whole_pass(deep_llama, windows, sae, acti
     x = capture(deep_llama, window[None], ["layers.1"])["layers.1"][0]
     codes = sae.encode(x[places])
     with torch.no_grad():
-        found = _changes(deep_llama, sae, window, places, codes, "layers.1")
+        rest = Rest(encoded(deep_llama, sae, windows).readings, "layers.1")
+        found = _changes(rest, sae, 0, places, codes)
         clean = deep_llama(window[None]).logits[0]
         for number, place in enumerate(places.tolist()):
             only = torch.zeros(1, len(window), dtype=torch.bool)
@@ -48,15 +50,18 @@ def test_one_token_behind_a_cache_is_a_whole_pass(deep_llama, windows, sae, acti
 
 
 def test_survival_of_effects(deep_llama, windows, sae):
-    same = causal(deep_llama, deep_llama, sae, windows).summary()
+    dense = encoded(deep_llama, sae, windows)
+    same = causal(dense, dense.readings).summary()
     assert same["edits"] == 4 * 4 * 4
     assert same["kept_share"] == 1.0
     assert same["length_ratio"] == pytest.approx(1.0)
+    few = causal(dense, dense.readings, most=2).summary()
+    assert few["edits"] == 2 * 4 * 4
     broken, hand = copy.deepcopy(deep_llama), torch.Generator().manual_seed(1)
     with torch.no_grad():
         weight = broken.lm_head.weight
         weight += weight.std() * torch.randn(weight.shape, generator=hand)
-    found = causal(deep_llama, broken, sae, windows)
+    found = causal(dense, encoded(broken, sae, windows).readings)
     assert found.summary()["kept_share"] < 1
     assert 0.3 < found.summary()["quartiles"][1] < 0.95
     c, counts = found.per_feature()
@@ -66,5 +71,6 @@ def test_survival_of_effects(deep_llama, windows, sae):
 
 
 def test_nothing_ordinary_to_take_away(deep_llama, windows, sae):
-    found = causal(deep_llama, deep_llama, sae, windows[:1], special=windows[0].tolist())
+    dense = encoded(deep_llama, sae, windows[:1], special=windows[0].tolist())
+    found = causal(dense, dense.readings)
     assert found.summary() == {"edits": 0, "features": 0}

@@ -9,12 +9,12 @@ import torch
 
 from qll.errors import MissingFileError, UsageError
 from qll.lens import compare
-from qll.lens.compare import survive
+from qll.lens.compare import EncodedTriple, rounded, survive
 from qll.lens.hooks import capture
 from qll.lens.steer import steered
 from qll.load.sae_write import write_sparsify
 from tests.conftest import VOCAB
-from tests.unit.lens.conftest import fitted_sae, random_sae
+from tests.unit.lens.conftest import encoded, fitted_sae, random_sae
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +52,9 @@ def test_the_same_model(deep_llama, sae, texts):
 
 
 def test_a_changed_model_loses_features(deep_llama, shaken_llama, sae, texts):
-    survival, others, ledger = survive(
-        deep_llama, shaken_llama, sae, texts, controls=["matched_noise"]
-    )
+    three = EncodedTriple(*(encoded(model, sae, texts) for model in (deep_llama, shaken_llama)))
+    survival, others, ledger = survive(three)
+    assert set(others) == {"shuffled", "matched_noise"}, "no floor without its readings"
     found = survival.summary()
     assert found["kept_share"]["unweighted"] < 1
     assert 0.5 < found["medians"]["r"] < 1
@@ -63,9 +63,23 @@ def test_a_changed_model_loses_features(deep_llama, shaken_llama, sae, texts):
     assert ledger.shares()["changed"] > 0
 
 
+def test_the_floor_is_a_model_in_bfloat16(deep_llama, texts):
+    """Same size of error as torch's own bfloat16, and the model itself stays what it was."""
+    before = {name: value.clone() for name, value in deep_llama.state_dict().items()}
+    ours, theirs = rounded(deep_llama), copy.deepcopy(deep_llama).to(torch.bfloat16)
+    exact, here, there = (
+        capture(model, texts[:1], ["layers.2"])["layers.2"].float()
+        for model in (deep_llama, ours, theirs)
+    )
+    assert float((here - exact).norm() / (there - exact).norm()) == pytest.approx(1.0, abs=0.25)
+    assert 1e-4 < float((here - exact).norm() / exact.norm()) < 1e-2
+    assert torch.equal(here, here.to(torch.bfloat16).float())
+    assert all(torch.equal(value, before[name]) for name, value in deep_llama.state_dict().items())
+
+
 def test_too_short_a_text_is_said(deep_llama, texts, caplog):
     sae = random_sae(hookpoint="layers.1")
-    compare(deep_llama, deep_llama, sae, texts[:2], controls=[])
+    compare(deep_llama, deep_llama, sae, texts[:2])
     assert "too rarely in" in caplog.text
 
 

@@ -64,7 +64,9 @@ def test_examples_are_the_strongest_windows(cache, texts):
     peaks = torch.stack([codes.dense(96).amax(0) for _, codes in cache.codes("layers.1")])
     feature = int(peaks.amin(0).argmax())
     never = int((peaks.amax(0) == 0).nonzero()[0])
-    found = top_examples(cache, "layers.1", [feature, never], make_tokenizer(), count=3)
+    found = top_examples(
+        cache.codes("layers.1"), cache.windows, [feature, never], make_tokenizer(), count=3
+    )
     assert found[never] == []
     order = peaks[:, feature].argsort(descending=True)[:3].tolist()
     assert [example.window for example in found[feature]] == order

@@ -14,7 +14,7 @@ from qll.lens.downstream import downstream
 from qll.lens.hooks import capture, hooked
 from qll.lens.intervals import bootstrap
 from qll.lens.tokens import token_kinds
-from tests.unit.lens.conftest import fitted_sae, random_sae
+from tests.unit.lens.conftest import encoded, fitted_sae, random_sae
 
 
 def noise(*shape, seed=0):
@@ -92,7 +92,7 @@ def test_bootstrap_covers_the_mean():
 
 def test_prices_against_whole_logits(deep_llama, windows):
     sae = fitted_sae(deep_llama, windows, "layers.1", k=20)
-    found = downstream(deep_llama, sae, windows)["all"]
+    found = downstream(encoded(deep_llama, sae, windows))["all"]
     targets = windows[:, 1:].flatten()
 
     @torch.no_grad()
@@ -116,7 +116,7 @@ def test_prices_against_whole_logits(deep_llama, windows):
 
 def test_a_perfect_autoencoder_scores_one(deep_llama, windows):
     sae = fitted_sae(deep_llama, windows, "layers.1", k=64)
-    found = measure(deep_llama, sae, windows, special=[5])
+    found = measure(encoded(deep_llama, sae, windows, special=[5]))
     assert found["fvu"] < 1e-6
     assert found["ce_score"] == pytest.approx(1.0, abs=1e-3)
     assert found["dead"] == found["features"]["dead"]
@@ -126,7 +126,7 @@ def test_a_perfect_autoencoder_scores_one(deep_llama, windows):
 
 @pytest.mark.parametrize("place", ["embed_tokens", "layers.0", "layers.1", "layers.2"])
 def test_the_right_place_wins(deep_llama, windows, place, caplog):
-    found = check_place(deep_llama, fitted_sae(deep_llama, windows, place), windows)
+    found = check_place(encoded(deep_llama, fitted_sae(deep_llama, windows, place), windows))
     assert min(found, key=found.get) == place
     assert len(found) == (2 if place in ("embed_tokens", "layers.2") else 3)
     assert not caplog.records
@@ -137,13 +137,13 @@ def test_a_number_that_is_off_by_one_is_noticed(deep_llama, windows, caplog):
 
     sae = fitted_sae(deep_llama, windows, "layers.1")
     stored = replace(sae.stored, spec=replace(sae.spec, hookpoint="layers.0", writes="layers.0"))
-    check_place(deep_llama, replace(sae, stored=stored), windows)
+    check_place(encoded(deep_llama, replace(sae, stored=stored), windows))
     assert "off by one" in caplog.text
     assert "layers.1" in caplog.text
 
 
 def test_an_autoencoder_of_another_model_is_noticed(deep_llama, windows, caplog):
-    check_place(deep_llama, random_sae(hookpoint="layers.1"), windows)
+    check_place(encoded(deep_llama, random_sae(hookpoint="layers.1"), windows))
     assert "autoencoder of layers.1" in caplog.text
 
 

@@ -10,8 +10,10 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from qll.lens import study, weight_table
+from qll.lens.compare import read_three
 from qll.lens.critical import rank_at
 from qll.lens.hooks import capture
+from qll.lens.readings import places_for
 from tests.conftest import VOCAB
 from tests.unit.lens.conftest import fitted_sae
 
@@ -37,9 +39,10 @@ def case(deep_llama, tokenizer, tmp_path_factory):
         for name, weight in broken.named_parameters():
             if weight.ndim == 2 and "layers." in name:
                 weight += 0.2 * weight.std() * torch.randn(weight.shape, generator=hand)
-    scratch = tmp_path_factory.mktemp("study") / "codes"
-    found = study(deep_llama, broken, sae, texts, tokenizer, scratch, reach=1)
-    assert not scratch.exists()
+    places = places_for(sae.spec, deep_llama.config.num_hidden_layers)
+    special, folder = tokenizer.all_special_ids, tmp_path_factory.mktemp("study")
+    three = read_three(deep_llama, broken, texts, places, special=special, folder=folder)
+    found = study(three, sae, tokenizer, reach=1)
     return found, deep_llama, broken, sae, texts
 
 
