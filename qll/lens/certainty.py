@@ -26,6 +26,7 @@ DOCUMENTS = 64
 LEAST_DOCUMENTS = 3
 # features drawn at a time
 CHUNK = 1024
+STANDARD_ERRORS = 1.96  # on either side, for LEVEL
 # where atanh is still finite in float64
 NEAR_ONE = 1 - 1e-9
 
@@ -102,14 +103,26 @@ def certainty(
     distance = (_fisher(r) - _fisher(torch.tensor(kept).double())) / error.sqrt()
     below = torch.special.ndtr(distance)
     few = (documents < LEAST_DOCUMENTS) | ~torch.isfinite(below)
-    shares = (drawn >= kept).double().mean(dim=1)
     return {
         "damaged": benjamini_hochberg(below.masked_fill(few, 1.0)),
         "sure": benjamini_hochberg((1 - below).masked_fill(few, 1.0)),
         "low": low,
         "high": high,
-        "kept_share": torch.quantile(shares, edges).tolist(),
+        "kept_share": _share_interval(drawn, r, kept),
     }
+
+
+def _share_interval(
+    drawn: Float[Tensor, "draws n"], r: Float[Tensor, " n"], kept: float
+) -> list[float]:
+    """The share of r at or above `kept`, plus and minus two standard errors over the draws.
+
+    Not the draws' own percentiles: repeated documents spread r, which moves the share of what lies
+    beyond a threshold, so they would lie beside the estimate (Efron and Tibshirani 1993, ch. 13).
+    """
+    shares = (drawn >= kept).double().sum(1) / torch.isfinite(drawn).sum(1)
+    share, reach = (r >= kept).double().mean(), STANDARD_ERRORS * shares.std()
+    return torch.stack([share - reach, share + reach]).clamp(0, 1).tolist()
 
 
 def benjamini_hochberg(p: Float[Tensor, " n"], rate: float = RATE) -> Bool[Tensor, " n"]:

@@ -61,7 +61,7 @@ def study(
     order = fires.argsort(descending=True, stable=True)[:MOST_FEATURES]
     asked = order[fires[order] > 0].sort().values
     table = weight_table(dense, converted, sae, asked, metric_at, reach=reach)
-    effects = causal(three.dense, readings.converted, most=run_again, seed=seed)
+    effects = causal(three, most=run_again, seed=seed)
     entry = entry_of(three, survival, others, ledger, run_again)
     entry |= {"causal": effects.summary(), "weights": table.summary()}
     wanted = remarkable(survival)

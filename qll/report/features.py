@@ -24,6 +24,10 @@ CONTROL_NAMES = {
     "matched_noise": ("matched noise", "random noise as long as the conversion's error per token"),
     "shuffled": ("shuffled", "tokens paired at random: nothing should survive"),
 }
+EFFECT_NAMES = {
+    "floor": CONTROL_NAMES["floor"],
+    "other_feature": ("another feature", "effects of two features of one token: the null"),
+}
 LEDGER_NAMES = {
     "changed": "features that fire in both, changed",
     "born": "features that fire only after",
@@ -214,21 +218,29 @@ def _ledger(ledger: Mapping[str, float]) -> list[dict[str, Any]]:
     ]
 
 
-def _causal(found: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+def _causal(found: Mapping[str, Any]) -> dict[str, Any] | None:
+    """How many edits, by how much their effect is longer, and the correlation beside controls."""
     if not found.get("edits"):
-        return []
-    low, middle, high = found["quartiles"]
-    return [
-        ("effects kept", units.percent(found["kept_share"]), "edits with a correlation of 0.9 up"),
-        ("effects lost", units.percent(found["lost_share"]), "edits with less than 0.5"),
-        ("median correlation", units.number(middle), f"quartiles {low:.3f} and {high:.3f}"),
-        (
-            "length of the effect",
-            units.times(found["length_ratio"]),
-            "converted over dense",
-        ),
-        ("edits", units.count(found["edits"]), f"of {units.count(found['features'])} features"),
-    ]
+        return None
+    rows = [("this conversion", "the change in the dense against that in the converted", found)]
+    for name, (title, meaning) in EFFECT_NAMES.items():
+        if name in found.get("controls", {}):
+            rows.append((title, meaning, found["controls"][name]))
+    return {
+        "edits": units.count(found["edits"]),
+        "features": units.count(found["features"]),
+        "length": units.times(found["length_ratio"]),
+        "rows": [
+            {
+                "name": title,
+                "meaning": meaning,
+                "kept": units.percent(row["kept_share"]),
+                "lost": units.percent(row["lost_share"]),
+                "quartiles": [units.decimals(value) for value in row["quartiles"]],
+            }
+            for title, meaning, row in rows
+        ],
+    }
 
 
 def _matrices(rows: list[Mapping[str, Any]]) -> list[dict[str, Any]]:

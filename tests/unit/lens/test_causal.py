@@ -9,7 +9,8 @@ import torch
 from scipy.stats import spearmanr
 
 from qll.lens.attach import attach
-from qll.lens.causal import _changes, causal, spearman
+from qll.lens.causal import _changes, causal, ranks, spearman
+from qll.lens.compare import EncodedTriple
 from qll.lens.hooks import capture
 from qll.lens.rest import Rest
 from tests.unit.lens.conftest import encoded, fitted_sae, random_sae
@@ -23,7 +24,7 @@ def sae(deep_llama, windows):
 def test_spearman_is_that_of_scipy():
     one, two = torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(0))
     expected = [spearmanr(a, b).statistic for a, b in zip(one.numpy(), two.numpy(), strict=True)]
-    assert spearman(one, two).tolist() == pytest.approx(expected)
+    assert spearman(ranks(one), ranks(two)).tolist() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("activation", ["topk", "layer_norm"])
@@ -51,18 +52,21 @@ def test_one_token_behind_a_cache_is_a_whole_pass(deep_llama, windows, sae, acti
 
 def test_survival_of_effects(deep_llama, windows, sae):
     dense = encoded(deep_llama, sae, windows)
-    same = causal(dense, dense.readings).summary()
+    same = causal(EncodedTriple(dense, dense)).summary()
     assert same["edits"] == 4 * 4 * 4
     assert same["kept_share"] == 1.0
     assert same["length_ratio"] == pytest.approx(1.0)
-    few = causal(dense, dense.readings, most=2).summary()
+    few = causal(EncodedTriple(dense, dense), most=2).summary()
     assert few["edits"] == 2 * 4 * 4
     broken, hand = copy.deepcopy(deep_llama), torch.Generator().manual_seed(1)
     with torch.no_grad():
         weight = broken.lm_head.weight
         weight += weight.std() * torch.randn(weight.shape, generator=hand)
-    found = causal(dense, encoded(broken, sae, windows).readings)
+    found = causal(EncodedTriple(dense, encoded(broken, sae, windows), dense))
     assert found.summary()["kept_share"] < 1
+    controls = found.summary()["controls"]
+    assert controls["floor"]["kept_share"] == 1.0, "the same model"
+    assert abs(controls["other_feature"]["quartiles"][1]) < found.summary()["quartiles"][1]
     assert 0.3 < found.summary()["quartiles"][1] < 0.95
     c, counts = found.per_feature()
     assert int(counts.sum()) == 64
@@ -72,5 +76,5 @@ def test_survival_of_effects(deep_llama, windows, sae):
 
 def test_nothing_ordinary_to_take_away(deep_llama, windows, sae):
     dense = encoded(deep_llama, sae, windows[:1], special=windows[0].tolist())
-    found = causal(dense, dense.readings)
+    found = causal(EncodedTriple(dense, dense))
     assert found.summary() == {"edits": 0, "features": 0}
