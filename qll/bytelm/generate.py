@@ -4,7 +4,8 @@ The state holds keys and values of a window, or a matrix of fixed size, so no by
 the logits are those that `forward` gives on the same bytes. A prompt stands at the start of a
 document, after the byte BOUNDARY; the byte BOUNDARY ends what is written. Attention sees the last
 `context` bytes: writing goes on beyond them, but a prompt that they cannot hold is refused unless
-`slide` says that its end is enough.
+`slide` allows it. Then a model with recurrent parts reads all of it, window after window; one of
+attention alone reads its end.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from qll.bytelm.config import ModelConfig
 from qll.bytelm.evaluate import BOUNDARY
 from qll.bytelm.model import ByteModel
 from qll.bytelm.samplers import draw, shape_logits
@@ -144,12 +146,14 @@ def _rounds(
         raise UsageError("out of range", where="max_new_tokens", expected="1 or more")
     options = (options or SamplingOptions()).resolved()
     device = model.embedding.weight.device
-    ids = _prompt_ids(prompt, model.config.context, slide).to(device)
+    pieces = _prompt_pieces(prompt, model.config, slide)
     utf8 = state_after(prompt)
     writers = [
         _Writer(bytearray(prompt), utf8, torch.Generator().manual_seed(seed)) for seed in seeds
     ]
-    logits, state = model.step(ids.expand(len(seeds), -1), model.initial_state(len(seeds), device))
+    state = model.initial_state(len(seeds), device)
+    for piece in pieces:
+        logits, state = model.step(piece.to(device).expand(len(seeds), -1), state)
     for left in range(max_new_tokens, 0, -1):
         last = logits[:, -1].float().cpu()
         if not torch.isfinite(last).all():
@@ -166,15 +170,17 @@ def _rounds(
         logits, state = model.step(step.to(device), state)
 
 
-def _prompt_ids(prompt: bytes, context: int, slide: bool) -> Int[Tensor, "1 seq"]:
-    """The boundary and the prompt, or its last `context` bytes."""
-    if len(prompt) + 1 > context and not slide:
+def _prompt_pieces(prompt: bytes, config: ModelConfig, slide: bool) -> list[Int[Tensor, "1 seq"]]:
+    """The boundary and the prompt, a window at a time; only the last window if nothing in the
+    model remembers more."""
+    if len(prompt) + 1 > config.context and not slide:
         raise UsageError(
             "longer than the model's window",
             where="--prompt",
-            expected=f"at most {context - 1} bytes",
+            expected=f"at most {config.context - 1} bytes",
             found=len(prompt),
-            hint="shorten it, or give --slide to read only its end",
+            hint="shorten it, or give --slide to read it window after window",
         )
     ids = torch.tensor([[BOUNDARY, *prompt]], dtype=torch.long)
-    return ids[:, -context:]
+    recurrent = set(config.mixer.pattern) != {"attention"} or config.memory.memory_tokens
+    return list(ids.split(config.context, dim=1)) if recurrent else [ids[:, -config.context :]]

@@ -28,7 +28,8 @@ class LmGenerateConfig:
     candidates: int = 1
     """Write so many continuations and print the best: likely, about the prompt, not repeating."""
     slide: bool = False
-    """Read only the end of a prompt that is longer than the model's window."""
+    """Take a prompt longer than the model's window: all of it where the model has recurrent parts,
+    else its end."""
     seed: int = 0
     """Seed of the sampling."""
     device: Device = "auto"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qll.bytelm.config import ModelConfig
+from qll.bytelm.config import MixerConfig, ModelConfig
 from qll.bytelm.evaluate import BOUNDARY
 from qll.bytelm.generate import candidates, encode_prompt, generate, generate_bytes
 from qll.bytelm.model import ByteModel
@@ -93,6 +95,29 @@ def test_a_prompt_that_does_not_fit_is_refused_or_cut(model):
     long = bytes(generate_bytes(model, b"zz" + b"abcd" * 4, 5, GREEDY, slide=True))
     other = bytes(generate_bytes(model, b"yy" + b"abcd" * 4, 5, GREEDY, slide=True))
     assert long == other
+
+
+def test_recurrent_parts_read_all_of_a_long_prompt(model):
+    mixer = MixerConfig(pattern=("interference", "attention"))
+    config = dataclasses.replace(model.config, n_layers=2, mixer=mixer)
+    torch.manual_seed(0)
+    recurrent = ByteModel(config).eval()
+    prompt = b"zz" + b"abcd" * 7
+    with torch.inference_mode():
+        state = recurrent.initial_state(1)
+        for byte in bytes([BOUNDARY]) + prompt:
+            logits, state = recurrent.step(torch.tensor([[byte]]), state)
+    seen = []
+    whole = recurrent.step
+
+    def step(ids, state):
+        found = whole(ids, state)
+        seen.append(found[0][0, -1])
+        return found
+
+    recurrent.step = step
+    list(generate_bytes(recurrent, prompt, 1, GREEDY, slide=True))
+    torch.testing.assert_close(seen[-1], logits[0, -1], rtol=1e-4, atol=1e-5)
 
 
 def test_an_empty_prompt_starts_a_document_and_emoji_are_prompts(model):
