@@ -83,6 +83,8 @@ ABLATIONS = {
     "ablation_allocation_uniform": ("--allocation", "uniform"),
     "ablation_gauge_none": ("--gauge", "none"),
     "ablation_single_matrices": ("--format", "lowrank"),
+    "ablation_panels": ("--singles", "panels"),
+    "ablation_no_training_panels": ("--effort", "fast", "--singles", "panels"),
     "ablation_no_sharing": ("--sharing", "none"),
     "ablation_no_inner_sharing": ("--sharing", "bonds"),
     "ablation_no_refinement": ("--refine_passes", "0"),

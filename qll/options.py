@@ -38,10 +38,13 @@ class ConvertOptions:
     keep: float = 0.8
     """Share of the block linears' parameters to keep, in (0, 1]."""
     format: Format = "auto"
-    """Tensor network of every block linear; auto chooses among dense, lowrank and --sharing."""
+    """Tensor network of every block linear; auto chooses among dense, --singles and --sharing."""
     sharing: Literal["none", "bonds", "inner", "all"] = "inner"
     """Formats of several matrices offered by auto: joint_tree (bonds), fewer channels between them
     (inner: joint_channels, joint_value_output, joint_query_key), both, or neither."""
+    singles: Literal["lowrank", "panels"] = "lowrank"
+    """Networks of one matrix offered by auto: low rank, or also panels (rows or columns in groups
+    with ranks of their own, refitted in --sweeps)."""
     metric: Literal["kfac", "activation", "plain"] = "kfac"
     """Norm in which weights are truncated: K-FAC (inputs and output gradients), inputs, or none."""
     feature_weight: float = 0.0

@@ -192,6 +192,8 @@ def _offers(config: LlamaConfig, options: ConvertOptions, block: int) -> Iterato
         if format == "auto":
             yield unit, "dense"
             yield unit, "lowrank"
+            if options.singles == "panels":
+                yield unit, "panels"
             if options.outliers:
                 yield unit, "sparse"
         elif unit.members[0] not in covered:

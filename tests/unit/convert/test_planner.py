@@ -71,6 +71,20 @@ def test_the_global_budget_beats_equal_shares_in_predicted_loss(source, moments)
     assert loss["global"] < loss["uniform"]
 
 
+def test_auto_takes_panels_where_they_lose_less(source, moments):
+    loss, formats = {}, {}
+    for singles in ("lowrank", "panels"):
+        options = ConvertOptions(keep=0.7, sharing="none", singles=singles)
+        plan = make_plan(source, moments, options)
+        assert plan.block_params <= plan.budget
+        loss[singles] = sum(entry.loss for entry in plan.entries)
+        formats[singles] = {entry.spec.format for entry in plan.entries if entry.spec}
+    assert "panels" in formats["panels"] - formats["lowrank"]
+    assert loss["panels"] < loss["lowrank"]
+    whole = make_plan(source, None, ConvertOptions(keep=1.0, singles="panels"))
+    assert {entry.spec for entry in whole.entries} == {None}
+
+
 @pytest.mark.parametrize("format", ["kron", "mpo"])
 def test_several_splits_to_choose_from_predict_less_loss(format, source, moments, monkeypatch):
     options = ConvertOptions(keep=0.7, format=format)
