@@ -43,6 +43,7 @@ OURS = {
     "ours_best": ("--effort", "best"),
     "ours_balanced": ("--effort", "balanced"),
     "ours_fast": ("--effort", "fast"),
+    "ours_fast_panels": ("--effort", "fast", "--singles", "panels"),
     # a pruned matrix with a bit mask: no tensor network, and no fewer FLOPs
     "ours_sparse": ("--effort", "fast", "--format", "sparse"),
 }
@@ -84,7 +85,6 @@ ABLATIONS = {
     "ablation_gauge_none": ("--gauge", "none"),
     "ablation_single_matrices": ("--format", "lowrank"),
     "ablation_panels": ("--singles", "panels"),
-    "ablation_no_training_panels": ("--effort", "fast", "--singles", "panels"),
     "ablation_no_sharing": ("--sharing", "none"),
     "ablation_no_inner_sharing": ("--sharing", "bonds"),
     "ablation_no_refinement": ("--refine_passes", "0"),

@@ -8,6 +8,8 @@ from pathlib import Path
 
 # before torch starts its threads: waiting threads that spin slow down everything beside them
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER" in os.environ:  # as torch below: one thread for each worker
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # quimb, an oracle of small tests, would compile for a minute what runs once
 os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
 # what this machine costs is measured once for all tests, and not in the user's own cache
