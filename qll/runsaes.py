@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 # Tokens per window: the windows of a text are the documents of the bootstrap, so more is better
 CONTEXT = 256
 # Windows on which `--effort fast` runs the models again (see LensConfig.run_again)
-FAST_RUN_AGAIN = 4
+FAST_RUN_AGAIN = 2
 # Bytes on disk for activations of three models, and places an autoencoder wants them of, about
 READING_BYTES = 4 << 30
 PLACES_EACH = 4
