@@ -22,7 +22,7 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	touch $@
 
 demo: install
-	$(BIN)/python main.py --effort fast --sae_dir embedded --out runs/demo
+	$(BIN)/python main.py --effort fast --out runs/demo
 
 test: $(VENV)/.installed-test
 	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
