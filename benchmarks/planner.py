@@ -44,7 +44,6 @@ TEXTS = 2
 JOB = """
 import json, resource, sys
 from pathlib import Path
-from types import SimpleNamespace
 from qll.convert.planner import keep_candidates
 from qll.load import open_source
 from qll.calibrate import MomentStore
@@ -214,7 +213,7 @@ def survival_row(rates: Any) -> dict[str, Any]:
     survival, others, _ = survive(three)
     for found in (survival, *others.values()):
         found.summary()
-    check_place(three.dense)
+    check_place(three.dense, fit(three.dense)["fvu"])
     fit(three.converted)
     spent = time.process_time() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -136,10 +136,11 @@ def entry_of(
             spec.d_sae,
             summary["tokens"],
         )
+    dense = measure(three.dense, priced)
     return {
         "hookpoint": spec.writes,
-        "place_fvu": check_place(three.dense),
-        "dense": measure(three.dense, priced),
+        "place_fvu": check_place(three.dense, dense["fvu"]),
+        "dense": dense,
         "converted": measure(three.converted, priced),
         "survival": summary,
         "controls": {name: control.summary() for name, control in others.items()},
@@ -162,7 +163,7 @@ def survive(
         old, new = dense.written(number), converted.written(number)
         chosen = dense.kinds(number) == ORDINARY
         found.update(before, after, old, new, chosen)
-        ledger.update(before, after, old.cpu(), new.cpu(), chosen)
+        ledger.update(before.to(sae.device), after.to(sae.device), old, new, chosen)
         if "shuffled" in others:
             ordinary = chosen.nonzero()[:, 0]
             mixed = ordinary[torch.randperm(len(ordinary), generator=hand)]

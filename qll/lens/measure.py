@@ -27,9 +27,10 @@ def fit(encoded: Encoded) -> dict[str, Any]:
     return metrics.summary()
 
 
-def check_place(encoded: Encoded) -> dict[str, float | None]:
+def check_place(encoded: Encoded, fvu: float | None = None) -> dict[str, float | None]:
     """FVU on ordinary tokens at its place and one block before and after, by hookpoint.
 
+    fvu: that at its own place, where `fit` has measured it already.
     Warns unless its own place is the best of them and its FVU below 1 (above, the mean alone
     describes the activations better: it belongs to another model or another place).
     """
@@ -37,7 +38,8 @@ def check_place(encoded: Encoded) -> dict[str, float | None]:
     for step in (-1, 0, 1):
         moved = encoded.moved(step)
         if moved is not None:
-            found[moved.sae.spec.writes] = fit(moved)["fvu"]
+            known = fvu if step == 0 else None
+            found[moved.sae.spec.writes] = fit(moved)["fvu"] if known is None else known
     ranked = sorted(found, key=lambda name: float("inf") if found[name] is None else found[name])
     if ranked[0] != own:
         logger.warning(

@@ -20,7 +20,7 @@ from qll.report.view import CLASSES, class_counts, pair
 CUTS = (0.5, 0.9)
 CARDS = 12
 CONTROL_NAMES = {
-    "floor": ("bfloat16 floor", "the dense model in bfloat16: what rounding alone loses"),
+    "floor": ("bfloat16 floor", "the dense model rounded to bfloat16: what rounding alone loses"),
     "matched_noise": ("matched noise", "random noise as long as the conversion's error per token"),
     "shuffled": ("shuffled", "tokens paired at random: nothing should survive"),
 }

@@ -53,12 +53,14 @@ def test_pages_and_numbers_without_converting(
         weights = entry["weights"]
         assert weights["metric"] == "kfac"
         assert entry["causal"]["edits"] > 0
+        assert set(entry["causal"]["controls"]) == {"other_feature", "floor"}
         page = out / entry["page"]
         tensors = load_file(page.with_suffix(".safetensors"))
         assert tensors["r"].shape == (96,)
         assert tensors["rho"].shape == (len(weights["matrices"]), weights["features"])
         html = page.read_text()
         assert entry["hookpoint"] in html
+        assert "another feature" in html
         assert html.count('class="token"') > 50
     assert not (out / "work").exists()
     before = (out / "lens.json").read_bytes()
@@ -106,6 +108,7 @@ def test_folders_and_places_that_do_not_fit(
     (tmp_path / "short.txt").write_text("a")
     assert "too few tokens" in said("--eval_text", tmp_path / "short.txt")
     assert "--reach" in said("--reach", "0", code=2)
+    assert "--run_again" in said("--run_again", "0", code=2)
     said(model=tmp_path / "nowhere")
     other = tmp_path / "other"
     shutil.copytree(tiny_checkpoint, other)
