@@ -67,7 +67,7 @@ def main() -> None:
 def demo() -> dict[str, Any]:
     """What `make demo` runs after installation, timed as a process."""
     with tempfile.TemporaryDirectory() as folder:
-        return measured(["--effort", "fast"], Path(folder) / "demo")
+        return measured(["--effort", "fast", "--sae_dir", "embedded"], Path(folder) / "demo")
 
 
 def calibrate(arguments: argparse.Namespace, folder: Path) -> Path:

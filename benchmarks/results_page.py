@@ -9,7 +9,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs as a script
 
-from benchmarks import bytelm_page, factorise_page, planner_page, quality_page, speed_page
+from benchmarks import (
+    bytelm_page,
+    factorise_page,
+    planner_page,
+    quality_page,
+    sae_page,
+    speed_page,
+)
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -18,6 +25,8 @@ README = ROOT / "README.md"
 # result file -> what makes its section, in the order of the page
 SECTIONS = {
     "quality": quality_page.section,
+    "features": sae_page.features,
+    "sae": sae_page.section,
     "speed": speed_page.section,
     "factorise": factorise_page.section,
     "planner": planner_page.section,
@@ -46,7 +55,7 @@ def main() -> None:
 
 def page() -> str:
     """The text of docs/results.md."""
-    parts = ["# Measured results", INTRODUCTION, main_job(read("main_job"))]
+    parts = ["# Measured results", INTRODUCTION, main_job(read("main_job")), sae_page.embedded()]
     parts += [section(read(name)) for name, section in SECTIONS.items() if has(name)]
     return "\n\n".join(parts) + "\n"
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from jaxtyping import Float, Float32, Float64
 from torch import Tensor
@@ -62,17 +63,18 @@ def unpack(packed: Float[Tensor, " entries"]) -> Float64[Tensor, "size size"]:
     """
     size = (math.isqrt(8 * packed.numel() + 1) - 1) // 2
     assert size * (size + 1) // 2 == packed.numel(), "not the triangle of a square matrix"
-    matrix = torch.empty(size, size, dtype=torch.float64)
+    matrix, entries = np.empty((size, size)), packed.numpy()
+    start = 0
+    for row in range(size):
+        stop = start + size - row
+        matrix[row, row:] = entries[start:stop]
+        start = stop
     for row in range(0, size, PANEL):
         end = min(row + PANEL, size)
-        start, stop = _place(row, end - row, size)
-        panel = torch.zeros(end - row, size - row, dtype=torch.float64)
-        panel[_upper(*panel.shape)] = packed[start:stop].double()
-        corner = panel[:, : end - row]
-        corner += corner.triu(1).T
-        matrix[row:end, row:] = panel
-        matrix[end:, row:end] = panel[:, end - row :].T
-    return matrix
+        corner = matrix[row:end, row:end]
+        corner[:] = np.triu(corner) + np.triu(corner, 1).T
+        matrix[end:, row:end] = matrix[row:end, end:].T
+    return torch.from_numpy(matrix)
 
 
 def _place(row: int, rows: int, size: int) -> tuple[int, int]:

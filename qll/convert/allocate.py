@@ -1,9 +1,9 @@
 """Which candidate each matrix gets: least predicted loss under one parameter budget.
 
 An integer programme (scipy's HiGHS): one binary per candidate; each matrix is covered exactly once,
-by a candidate of its own or of a group it is in; the parameters sum to at most the budget. Where
-HiGHS fails or runs out of time, a Lagrangian relaxation (`lagrange`) takes its place, with a
-warning.
+by a candidate of its own or of a group it is in; the parameters sum to at most the budget. A
+Lagrangian relaxation (`lagrange`) first rules out what no best allocation holds, and takes the
+place of HiGHS, with a warning, where that fails or runs out of time.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_matrix
 
 from qll.convert.candidates import Candidate
-from qll.convert.lagrange import lagrangian
+from qll.convert.lagrange import contenders, lagrangian
 from qll.errors import UsageError
 
-GAP = 1e-3
-SECONDS = 120.0  # thirty blocks take two on an idle machine
+GAP = 1e-4
+SECONDS = 120.0  # thirty blocks take a fraction of one on an idle machine
 INFEASIBLE = 2  # status of scipy.optimize.milp
 
 logger = logging.getLogger("qll.convert")
@@ -31,7 +31,7 @@ def choose(
 ) -> list[Candidate]:
     """The candidates that cover every matrix once with least loss within `budget` parameters.
 
-    Exact to a relative gap of 1e-3 in the loss, or, when HiGHS takes more than `seconds` or fails,
+    Exact to a relative gap of 1e-4 in the loss, or, when HiGHS takes more than `seconds` or fails,
     the better of what it has and the Lagrangian relaxation, with a warning. Raises UsageError when
     even the smallest candidates do not fit.
 
@@ -42,7 +42,7 @@ def choose(
     >>> [item.params for item in choose(menu, budget=6)]
     [4, 2]
     """
-    exact, status, why = _programme(candidates, budget, seconds)
+    exact, status, why = _programme(contenders(candidates, budget), budget, seconds)
     if status != 0:
         relaxed = None if status == INFEASIBLE else lagrangian(candidates, budget)
         if exact is None and relaxed is None:

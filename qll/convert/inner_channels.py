@@ -77,20 +77,20 @@ def _reader_spectra(
 
     The Gram matrix grows by the rows that a larger size adds.
     """
-    root = None if metric.right is None else factor(metric.right).root
-    gram = weight.new_zeros(weight.shape[1], weight.shape[1])
-    found, kept = [], order[:0]
+    rows = weight if metric.right is None else weight @ factor(metric.right).root
+    # those that stay longest first, so that every size is a slice
+    rows, kept = rows[order.flip(0)], order.flip(0)
+    left = None if metric.left is None else metric.left[kept][:, kept]
+    gram, found = rows.new_zeros(rows.shape[1], rows.shape[1]), []
     for before, size in itertools.pairwise([0, *sizes]):
-        added = order[len(order) - size : len(order) - before]
-        rows = weight[added]
-        if metric.left is None:
-            gram = gram + rows.mT @ rows
+        added = rows[before:size]
+        if left is None:
+            gram = gram + added.mT @ added
         else:
-            left = metric.left[added]
-            half = rows.mT @ (left[:, kept] @ weight[kept] + 0.5 * left[:, added] @ rows)
+            known, own = left[before:size, :before], left[before:size, before:size]
+            half = added.mT @ (known @ rows[:before] + 0.5 * own @ added)
             gram = gram + half + half.mT
-        kept = torch.cat([added, kept])
-        found.append(eigenvalues(gram if root is None else root.mT @ gram @ root)[:size])
+        found.append(eigenvalues(gram)[:size])
     return found
 
 

@@ -5,6 +5,9 @@ every unit takes the candidate of least loss + price * parameters by itself, and
 between their own candidates and those of their groups. The price at which the parameters just fit
 is found by bisection. What it leaves unspent, less than one step of one unit, goes to the exchanges
 that save most loss per parameter. Optimal on the lower convex hull of the candidates.
+
+Its prices also bound every allocation from below, which spares the integer programme most
+candidates: of the 17,758 of SmolLM2 at keep 0.8 764 were left, and HiGHS took 0.05 s instead of 29.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from qll.convert.candidates import Candidate
 
 # bisections of the price: 2^-60 of the interval is below the spacing of float64
 HALVINGS = 60
+ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -48,9 +52,47 @@ def lagrangian(candidates: Sequence[Candidate], budget: int) -> list[Candidate] 
     [4, 2]
     """
     families = list(_families(candidates))
-    losses = np.array([item.loss for item in candidates])
+    price = _price(families, candidates, budget)
+    return None if price is None else _spent(families, _chosen(families, price), budget)
+
+
+def contenders(candidates: Sequence[Candidate], budget: int) -> list[Candidate]:
+    """Those that an allocation at least as good as `lagrangian`'s may hold; all, where it has none.
+
+    At any price the least costs of all families, less the price of the budget, bound the loss from
+    below, and a candidate raises that bound by what choosing it costs its family. Those that raise
+    it above a loss that can be had are in no better allocation (fixing by reduced costs).
+
+    >>> from qll.convert.units import Unit
+    >>> a, b = Unit(("a",), ((2, 2),)), Unit(("b",), ((2, 2),))
+    >>> menu = [Candidate(a, None, 4, 0.0), Candidate(a, None, 2, 3.0),
+    ...         Candidate(b, None, 4, 0.0), Candidate(b, None, 2, 1.0)]
+    >>> [(item.unit.name, item.params) for item in contenders(menu, budget=6)]
+    [('a', 4), ('b', 4), ('b', 2)]
+    """
+    families = list(_families(candidates))
+    price = _price(families, candidates, budget)
+    if price is None:
+        return list(candidates)
+    known = sum(item.loss for item in _spent(families, _chosen(families, price), budget))
+    costs = [_costs(family, price) for family in families]
+    bound = sum(best for best, _ in costs) - price * budget
+    spare = known - bound + ROUNDING * known
+    return [
+        item
+        for best, dear in costs
+        for menu, totals in dear
+        for item, total in zip(menu.items, totals, strict=True)
+        if total - best <= spare
+    ]
+
+
+def _price(
+    families: Sequence[list[Menu]], candidates: Sequence[Candidate], budget: int
+) -> float | None:
+    """The least price of a parameter at which the budget suffices; None where none does."""
     # at this price one parameter outweighs every loss there is
-    low, high = 0.0, float(losses.sum()) + 1.0
+    low, high = 0.0, sum(item.loss for item in candidates) + 1.0
     chosen = _chosen(families, high)
     matrices = {member for item in candidates for member in item.unit.members}
     covered = {member for item in chosen for member in item.unit.members}
@@ -58,12 +100,22 @@ def lagrangian(candidates: Sequence[Candidate], budget: int) -> list[Candidate] 
         return None
     for _ in range(HALVINGS):
         middle = (low + high) / 2 if low else high / 2**10
-        found = _chosen(families, middle)
-        if _params(found) <= budget:
-            high, chosen = middle, found
+        if _params(_chosen(families, middle)) <= budget:
+            high = middle
         else:
             low = middle
-    return _spent(families, chosen, budget)
+    return high
+
+
+def _costs(family: list[Menu], price: float) -> tuple[float, list[tuple[Menu, np.ndarray]]]:
+    """The least cost of a cover of `family`, and per menu that of a cover with each candidate."""
+    offers = [menu.at(price) for menu in family]
+    matrices = frozenset(member for _, item in offers for member in item.unit.members)
+    found = []
+    for menu in family:
+        others, _ = _cover(offers, matrices - frozenset(menu.items[0].unit.members))
+        found.append((menu, menu.losses + price * menu.params + others))
+    return _cover(offers, matrices)[0], found
 
 
 def _families(candidates: Sequence[Candidate]) -> Iterator[list[Menu]]:

@@ -26,6 +26,7 @@ from torch import Tensor
 from qll.errors import ConvergenceError
 
 SHARE = 1 / 64
+CROWDED = 0.8  # share of inputs still there at which those that are gone are left out
 
 
 @dataclass(frozen=True)
@@ -65,23 +66,29 @@ def eliminate(
     if moment is None:
         order = columns.square().sum(0).argsort(stable=True)
         return Elimination(order, columns[:, order].mT.contiguous())
-    precision = _inverse(moment.to("cpu", torch.float64))
-    alive = torch.arange(columns.shape[1])
-    batch = max(1, math.ceil(SHARE * len(alive)))
+    columns, precision = columns.clone(), _inverse(moment.to("cpu", torch.float64))
+    inputs = torch.arange(columns.shape[1])
+    batch = max(1, math.ceil(SHARE * len(inputs)))
+    alive = torch.ones(len(inputs), dtype=torch.bool)
     gone, residuals = [], []
-    while len(alive):
+    while alive.any():
         costs = columns.square().sum(0) / precision.diagonal()
-        order = costs.argsort(stable=True)
-        first, rest = order[:batch], order[batch:].sort().values
+        order = costs.where(alive, math.inf).argsort(stable=True)
+        first = order[: min(batch, int(alive.sum()))]
         # P[first, first] = L L^T; the columns of L are the steps one after another
         root = _root(precision[first][:, first])
         steps = _solve(root, columns[:, first].mT)
-        cross = _solve(root, precision[first][:, rest])
-        gone.append(alive[first])
+        cross = _solve(root, precision[first])
+        gone.append(inputs[first])
         residuals.append(steps)
-        columns = columns[:, rest] - steps.mT @ cross
-        precision = precision[rest][:, rest] - cross.mT @ cross
-        alive = alive[rest]
+        columns.addmm_(steps.mT, cross, alpha=-1)
+        precision.addmm_(cross.mT, cross, alpha=-1)
+        alive[first] = False
+        # those that are gone are zeros by now; copying the rest each time would cost more
+        if int(alive.sum()) <= CROWDED * len(alive):
+            rest = alive.nonzero()[:, 0]
+            columns, precision = columns[:, rest], precision[rest][:, rest]
+            inputs, alive = inputs[rest], alive[rest]
     return Elimination(torch.cat(gone), torch.cat(residuals))
 
 

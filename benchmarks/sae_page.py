@@ -1,0 +1,193 @@
+"""The sections of docs/results.md on sparse autoencoders: speed, the embedded ones, and features kept
+on purpose."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+EMBEDDED = Path(__file__).parents[1] / "qll" / "saes" / "smollm2-135m"
+LABELS = {
+    "qll": "**QLL**",
+    "sparsify": "eai-sparsify",
+    "sparsify_adam": "eai-sparsify with Adam",
+    "sae_lens": "sae-lens",
+}
+TARGETS = {"layers.9": 0.13, "layers.20": 0.18}  # FVU on held-out text
+CURVE_POINTS = 8
+
+
+def section(result: dict[str, Any]) -> str:
+    """Training and coding beside eai-sparsify and sae-lens."""
+    training, coding = result["sizes"]["training"], result["sizes"]["coding"]
+    machine = result["machine"]
+    lines = [
+        "## Sparse autoencoders: speed",
+        f"Machine: {machine['cpu']}, {result['threads']} threads, {machine['platform']}. Again: "
+        "`python benchmarks/sae.py --peers DIR --only ROW`. Versions and commit are in each row.",
+        "",
+        f"Training {training['expansion'] * training['d_in']:,} features of width "
+        f"{training['d_in']}, k = {training['k']}, once over the same activations of SmolLM2 "
+        f"(`layers.9`), {training['batch_tokens']:,} tokens a step; FVU on activations that no row "
+        "saw. sparsify's warm-up is shortened to the length of the run. Targets: no slower than "
+        "sparsify (aim: 1.5 times), FVU within 2 %.",
+        "",
+        *training_table(of_kind(result["rows"], "training")),
+        "",
+        f"Encoding and decoding {coding['tokens']:,} random tokens with {coding['d_sae']:,} random "
+        f"features of width {coding['d_in']:,} in bfloat16, k = {coding['k']}. Targets: no slower "
+        "than the faster package, at most 60 % of its peak memory.",
+        "",
+        *coding_table(of_kind(result["rows"], "coding")),
+    ]
+    return "\n".join(lines)
+
+
+def of_kind(rows: dict[str, Any], kind: str) -> dict[str, Any]:
+    """The rows of one kind, by who ran them.
+
+    >>> of_kind({"training/qll": 1, "coding/qll": 2}, "coding")
+    {'qll': 2}
+    """
+    return {name.split("/")[1]: row for name, row in rows.items() if name.startswith(f"{kind}/")}
+
+
+def training_table(rows: dict[str, Any]) -> list[str]:
+    """Tokens per second and FVU.
+
+    >>> row = {"tokens_per_second": 1000.0, "fvu": 0.2, "peak_rss_bytes": 1e9, "tokens": 10}
+    >>> training_table({"qll": row})[-1]
+    '| **QLL** | 1,000 | 1.00 | 0.2000 | 1.00 |'
+    """
+    lines = ["| trainer | tokens/s | times ours | held-out FVU | peak GB |", "|---|---|---|---|---|"]
+    own = rows.get("qll", {}).get("tokens_per_second")
+    for who, row in rows.items():
+        if "skipped" in row:
+            lines.append(f"| {LABELS[who]} | {row['skipped']} | | | |")
+            continue
+        cells = [LABELS[who], f"{row['tokens_per_second']:,.0f}", times(row, own)]
+        cells += [f"{row['fvu']:.4f}", f"{row['peak_rss_bytes'] / 1e9:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def coding_table(rows: dict[str, Any]) -> list[str]:
+    """Tokens per second and peak memory."""
+    lines = ["| package | tokens/s | times ours | peak GB | load s |", "|---|---|---|---|---|"]
+    own = rows.get("qll", {}).get("tokens_per_second")
+    for who, row in rows.items():
+        if "skipped" in row:
+            lines.append(f"| {LABELS[who]} | {row['skipped']} | | | |")
+            continue
+        cells = [LABELS[who], f"{row['tokens_per_second']:,.1f}", times(row, own)]
+        cells += [f"{row['peak_rss_bytes'] / 1e9:.2f}", f"{row['load_seconds']:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def times(row: dict[str, Any], own: float | None) -> str:
+    """A row's rate over ours."""
+    return "" if own is None else f"{row['tokens_per_second'] / own:.2f}"
+
+
+def embedded() -> str:
+    """What the autoencoders in the package are worth, and the curve of their training."""
+    training = json.loads((EMBEDDED / "training.json").read_text())
+    points = [json.loads(line) for line in (EMBEDDED / "metrics.jsonl").read_text().splitlines()]
+    settings = training["settings"]
+    texts = ", ".join(f"`{text['name']}`" for text in training["texts"])
+    places = training["hookpoints"]
+    lines = [
+        "## The embedded autoencoders",
+        f"{settings['expansion']} times wide, k = {settings['k']}, {training['tokens']:,} tokens "
+        f"of {texts}, each seen {settings['learning']['passes']} times, in "
+        f"{training['seconds'] / 60:.0f} minutes on two cores (`make saes`; settings, hashes and "
+        "curve: `qll/saes/smollm2-135m`). Measured on windows of the same texts that were held out, "
+        f"attention sinks excluded, {places[next(iter(places))]['tokens']:,} tokens; 95 % intervals "
+        "over windows. Dead: silent for the last eighth of training; silent: not seen in those few "
+        "held-out tokens, most of them merely rare.",
+        "",
+        "| place | FVU | target | CE score (target 0.92) | CE clean / with it / with zero "
+        "| dead (target 2 %) | silent |",
+        "|---|---|---|---|---|---|---|",
+        *(embedded_line(place, found) for place, found in places.items()),
+        "",
+        "FVU of the tokens being trained on, over the tokens read:",
+        "",
+        *curve(points, list(places)),
+    ]
+    return "\n".join(lines)
+
+
+def embedded_line(place: str, found: dict[str, Any]) -> str:
+    """A row of the table of the embedded autoencoders."""
+    fvu = found["kinds"]["ordinary"]["fvu"]
+    low, high = found["fvu_interval"]
+    down = found["downstream"]["ordinary"]
+    prices = " / ".join(f"{down[name]:.3f}" for name in ("ce_clean", "ce_sae", "ce_zero"))
+    shown = f"{fvu:.3f} ({low:.3f} to {high:.3f})"
+    cells = [f"`{place}`", shown, str(TARGETS[place]), f"{down['ce_score']:.3f}", prices]
+    cells += [f"{100 * found['dead_share']:.2f} %", f"{100 * found['features']['dead_share']:.1f} %"]
+    return f"| {' | '.join(cells)} |"
+
+
+def curve(points: list[dict[str, Any]], places: list[str]) -> list[str]:
+    """A table of FVU over tokens read, thinned to CURVE_POINTS columns on a logarithmic scale.
+
+    >>> points = [{"hookpoint": "layers.9", "read": 1000, "fvu": 0.3}]
+    >>> curve(points, ["layers.9"])[-1]
+    '| `layers.9` | 0.300 |'
+    """
+    read = sorted({point["read"] for point in points})
+    wanted = [read[-1] * 2.0 ** -(n / 2) for n in range(CURVE_POINTS)]
+    chosen = sorted({min(read, key=lambda r: abs(r - aim)) for aim in wanted})
+    by = {(point["hookpoint"], point["read"]): point["fvu"] for point in points}
+    lines = ["| tokens | " + " | ".join(f"{r:,}" for r in chosen) + " |"]
+    lines.append("|---" * (1 + len(chosen)) + "|")
+    for place in places:
+        lines.append(f"| `{place}` | " + " | ".join(f"{by[place, r]:.3f}" for r in chosen) + " |")
+    return lines
+
+
+def features(result: dict[str, Any]) -> str:
+    """Perplexity and features kept, with the ordinary metric and with `--feature_weight`."""
+    rows = sorted(result["rows"].values(), key=lambda row: (-row["keep"], row["feature_weight"]))
+    texts, places = list(rows[0]["ppl_ratio"]), list(rows[0]["features"])
+    head = ["keep", "feature weight", *(f"ppl / dense, {text}" for text in texts)]
+    head += [f"{place} {what}" for place in places for what in ("kept", "effects kept")]
+    machine = result["machine"]
+    lines = [
+        "## Keeping features on purpose",
+        f"`--feature_weight W` at equal stored parameters, `--effort fast`: "
+        f"{result['calib_tokens']:,} calibration tokens of `{result['calib']['name']}`, survival on "
+        f"{result['eval_tokens']:,} tokens of `{result['eval']['name']}`, embedded autoencoders. "
+        "Kept is the unweighted share of measured features whose activations correlate by at least 0.9, "
+        f"its 95 % interval in brackets; after rounding to bfloat16 alone it is {floors(rows)}. One seed, {machine['cpu']}. Again: `{result['command']}`.",
+        "",
+        "| " + " | ".join(head) + " |",
+        "|" + "---|" * len(head),
+        *(feature_line(row, texts, places) for row in rows),
+    ]
+    return "\n".join(lines)
+
+
+def floors(rows: list[dict[str, Any]]) -> str:
+    """The least share that rounding keeps, per place."""
+    places = rows[0]["features"]
+    least = {place: min(row["features"][place]["floor"] for row in rows) for place in places}
+    return ", ".join(f"{100 * share:.1f} % at `{place}`" for place, share in least.items())
+
+
+def feature_line(row: dict[str, Any], texts: list[str], places: list[str]) -> str:
+    """One conversion."""
+    cells = [f"{row['keep']:.1f}", f"{row['feature_weight']:g}"]
+    cells += [f"{row['ppl_ratio'][text]:.3f}" for text in texts]
+    for place in places:
+        found = row["features"][place]
+        kept = f"{100 * found['kept']:.1f} %"
+        if found["interval"]:
+            kept += f" ({100 * found['interval'][0]:.1f} to {100 * found['interval'][1]:.1f})"
+        effects = found["effects_kept"]
+        cells += [kept, "" if effects is None else f"{100 * effects:.1f} %"]
+    return f"| {' | '.join(cells)} |"
