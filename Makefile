@@ -59,8 +59,9 @@ saes: install
 		--tokens 2200000 --eval_tokens 8192 --dtype bfloat16 --out runs/saes
 
 # --peers DIR: a folder that `pip install --target DIR eai-sparsify sae-lens` filled
-bench-sae: install
-	$(BIN)/python benchmarks/sae.py $(if $(PEERS),--peers $(PEERS))
+bench-sae: install $(THIRD)
+	$(BIN)/python benchmarks/sae.py --text $(THIRD) $(if $(PEERS),--peers $(PEERS))
+	$(BIN)/python benchmarks/results_page.py
 
 # on a quiet machine; the models are converted first, which takes most of the time
 bench-speed: install

@@ -5,9 +5,9 @@
 
 At keep 0.9, 0.8 and 0.6, by closed forms alone (`--effort fast`): the ordinary K-FAC metric against
 `--feature_weight 1`, and 4 at keep 0.8, at the same number of stored parameters, each evaluated by
-the main job after save and reload. A row holds perplexity over dense on two texts and, for every autoencoder,
-the shares of measured features and of effects kept, beside the bfloat16 floor. Moments are measured
-once per weight. Rows are written as they come; `--only NAME` runs one again.
+the main job after save and reload. A row holds perplexity over dense on two texts and, for every
+autoencoder, the shares of measured features and of effects kept, beside the bfloat16 floor. Moments
+are measured once per weight. Rows are written as they come; `--only NAME` runs one again.
 
 Writes benchmarks/results/features.json.
 """

@@ -1,7 +1,7 @@
 """Sparse autoencoders against eai-sparsify and sae-lens: training, and encoding plus decoding.
 
     pip install --target DIR eai-sparsify sae-lens
-    python benchmarks/sae.py --peers DIR            # --quick: a size of seconds, result not kept
+    python benchmarks/sae.py --peers DIR --text anarchism.txt   # --quick: seconds, not kept
 
 training   4,608 features of width 576, k = 32, on the same activations of SmolLM2's block 9 with as
            many tokens per step; tokens per second, and FVU on activations that no row saw.
@@ -51,7 +51,8 @@ def main() -> None:
     results: dict[str, Any] = {"rows": {}}
     if RESULT.exists() and not arguments.quick:
         results = json.loads(RESULT.read_text())
-    results |= {"machine": machine(), "threads": arguments.threads, "sizes": sizes}
+    text = "Python's topics" if arguments.text is None else arguments.text.name
+    results |= {"machine": machine(), "threads": arguments.threads, "sizes": sizes, "text": text}
     with tempfile.TemporaryDirectory() as folder:
         cache = Path(folder) if arguments.quick else CACHE
         cache.mkdir(parents=True, exist_ok=True)

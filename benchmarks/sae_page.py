@@ -1,5 +1,5 @@
-"""The sections of docs/results.md on sparse autoencoders: speed, the embedded ones, and features kept
-on purpose."""
+"""The sections of docs/results.md on sparse autoencoders: speed, the embedded ones, and features
+that are kept on purpose."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ def section(result: dict[str, Any]) -> str:
         "",
         f"Training {training['expansion'] * training['d_in']:,} features of width "
         f"{training['d_in']}, k = {training['k']}, once over the same activations of SmolLM2 "
-        f"(`layers.9`), {training['batch_tokens']:,} tokens a step; FVU on activations that no row "
-        "saw. sparsify's warm-up is shortened to the length of the run. Targets: no slower than "
+        f"(`layers.9`, on {result['text']}), {training['batch_tokens']:,} tokens a step; FVU on "
+        "activations that no row saw. sparsify's warm-up is shortened to the length of the run. "
+        "Targets: no slower than "
         "sparsify (aim: 1.5 times), FVU within 2 %.",
         "",
         *training_table(of_kind(result["rows"], "training")),
@@ -60,7 +61,7 @@ def training_table(rows: dict[str, Any]) -> list[str]:
     >>> training_table({"qll": row})[-1]
     '| **QLL** | 1,000 | 1.00 | 0.2000 | 1.00 |'
     """
-    lines = ["| trainer | tokens/s | times ours | held-out FVU | peak GB |", "|---|---|---|---|---|"]
+    lines = ["| trainer | tokens/s | times ours | held-out FVU | peak GB |", "|---" * 5 + "|"]
     own = rows.get("qll", {}).get("tokens_per_second")
     for who, row in rows.items():
         if "skipped" in row:
@@ -103,10 +104,10 @@ def embedded() -> str:
         f"{settings['expansion']} times wide, k = {settings['k']}, {training['tokens']:,} tokens "
         f"of {texts}, each seen {settings['learning']['passes']} times, in "
         f"{training['seconds'] / 60:.0f} minutes on two cores (`make saes`; settings, hashes and "
-        "curve: `qll/saes/smollm2-135m`). Measured on windows of the same texts that were held out, "
-        f"attention sinks excluded, {places[next(iter(places))]['tokens']:,} tokens; 95 % intervals "
-        "over windows. Dead: silent for the last eighth of training; silent: not seen in those few "
-        "held-out tokens, most of them merely rare.",
+        "curve: `qll/saes/smollm2-135m`). Measured on windows of the same texts that were held "
+        f"out, attention sinks excluded, {settings['learning']['eval_tokens']:,} tokens; 95 % "
+        "intervals over windows. Dead: silent for the last eighth of training; silent: not seen in "
+        "those few held-out tokens, most of them merely rare.",
         "",
         "| place | FVU | target | CE score (target 0.92) | CE clean / with it / with zero "
         "| dead (target 2 %) | silent |",
@@ -128,7 +129,8 @@ def embedded_line(place: str, found: dict[str, Any]) -> str:
     prices = " / ".join(f"{down[name]:.3f}" for name in ("ce_clean", "ce_sae", "ce_zero"))
     shown = f"{fvu:.3f} ({low:.3f} to {high:.3f})"
     cells = [f"`{place}`", shown, str(TARGETS[place]), f"{down['ce_score']:.3f}", prices]
-    cells += [f"{100 * found['dead_share']:.2f} %", f"{100 * found['features']['dead_share']:.1f} %"]
+    silent = found["features"]["dead_share"]
+    cells += [f"{100 * found['dead_share']:.2f} %", f"{100 * silent:.1f} %"]
     return f"| {' | '.join(cells)} |"
 
 
@@ -160,10 +162,11 @@ def features(result: dict[str, Any]) -> str:
     lines = [
         "## Keeping features on purpose",
         f"`--feature_weight W` at equal stored parameters, `--effort fast`: "
-        f"{result['calib_tokens']:,} calibration tokens of `{result['calib']['name']}`, survival on "
-        f"{result['eval_tokens']:,} tokens of `{result['eval']['name']}`, embedded autoencoders. "
-        "Kept is the unweighted share of measured features whose activations correlate by at least 0.9, "
-        f"its 95 % interval in brackets; after rounding to bfloat16 alone it is {floors(rows)}. One seed, {machine['cpu']}. Again: `{result['command']}`.",
+        f"{result['calib_tokens']:,} calibration tokens of `{result['calib']['name']}`, survival "
+        f"on {result['eval_tokens']:,} of `{result['eval']['name']}`, embedded autoencoders. "
+        "Kept is the unweighted share of measured features whose activations correlate by at least "
+        "0.9, its 95 % interval in brackets; after rounding to bfloat16 alone it is "
+        f"{floors(rows)}. One seed, {machine['cpu']}. Again: `{result['command']}`.",
         "",
         "| " + " | ".join(head) + " |",
         "|" + "---|" * len(head),

@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
 

@@ -12,7 +12,7 @@ def test_every_row_that_is_measured_is_on_the_page(tmp_path):
     arguments = argparse.Namespace(threads=1, peers=None, text=None, quick=True)
     names = ("training/qll", "training/sparsify", "coding/qll", "coding/sae_lens")
     rows = {name: sae.row(name, sae.QUICK, tmp_path, arguments) for name in names}
-    result = {"machine": sae.machine(), "threads": 1, "sizes": sae.QUICK, "rows": rows}
+    result = {"machine": sae.machine(), "threads": 1, "sizes": sae.QUICK, "rows": rows, "text": "t"}
     text = sae_page.section(result)
     ours = rows["training/qll"]
     assert f"| **QLL** | {ours['tokens_per_second']:,.0f} | 1.00 | {ours['fvu']:.4f} |" in text
