@@ -56,7 +56,7 @@ saes: install
 	$(BIN)/python benchmarks/sae_texts.py --anarchism benchmarks/.cache/anarchism_*.deb \
 		--wordnet benchmarks/.cache/wordnet-base_*.deb --out benchmarks/.cache
 	$(BIN)/python main.py sae train --text $(SAE_TEXTS) --hookpoints layers.9 layers.20 \
-		--tokens 2200000 --eval_tokens 8192 --dtype bfloat16 --out runs/saes
+		--tokens 2200000 --rate 2e-3 --eval_tokens 8192 --dtype bfloat16 --out runs/saes
 
 # --peers DIR: a folder that `pip install --target DIR eai-sparsify sae-lens` filled
 bench-sae: install $(THIRD)

@@ -62,7 +62,7 @@ class _TopK:
         """Strongest first."""
         values = self.values if self.signed else self.values.relu()
         order = values.abs().argsort(dim=1, descending=True)
-        return _padded(values.gather(1, order), self.indices.gather(1, order))
+        return padded(values.gather(1, order), self.indices.gather(1, order))
 
 
 class _GroupMax:
@@ -84,7 +84,7 @@ class _GroupMax:
 
     def codes(self) -> SparseCodes:
         """One entry per group, in order of groups."""
-        return _padded(torch.cat(self.values, dim=1), torch.cat(self.indices, dim=1))
+        return padded(torch.cat(self.values, dim=1), torch.cat(self.indices, dim=1))
 
 
 class _Passing:
@@ -125,6 +125,6 @@ class _Passing:
         return found
 
 
-def _padded(values: Tensor, indices: Tensor) -> SparseCodes:
+def padded(values: Tensor, indices: Tensor) -> SparseCodes:
     """Where the value is 0 the index says nothing: make it 0."""
     return SparseCodes(values, indices.masked_fill(values == 0, 0))

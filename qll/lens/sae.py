@@ -2,15 +2,16 @@
 
     z = x - b_dec     h = W_enc z + b_enc     f = activation(h)     y = sum_i f_i W_dec_i + b_dec
 
-Arithmetic is float32 whatever the weights are stored in. Encoding walks over blocks of features
-and keeps a running top-k, so that no [tokens, d_sae] array exists; decoding gathers the k rows a
-token needs. Formulas and their variants: `qll.load.sae_file` and the readers of each format.
+Arithmetic is float32 whatever the weights are stored in (bfloat16 may choose which features are
+computed: `qll.lens.coarse`). Encoding walks over blocks of features and keeps a running top-k, so
+that no [tokens, d_sae] array exists; decoding gathers the k rows a token needs. Formulas and their variants: `qll.load.sae_file` and the readers of each format.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -19,7 +20,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from qll.errors import ShapeError, UsageError
-from qll.lens.activations import collector
+from qll.lens import coarse
+from qll.lens.activations import collector, padded
 from qll.lens.codes import SparseCodes, concatenate
 from qll.load.sae import open_sae
 from qll.load.sae_file import SAESpec, StoredSAE
@@ -141,6 +143,8 @@ class SAE:
             return functional.embedding_bag(
                 codes.indices, weight, per_sample_weights=values, mode="sum"
             )
+        if isinstance(weight, Tensor) and not self.stored.decoder.transposed:
+            return coarse.combinations(values, weight, codes.indices)
         width = max(1, codes.values.shape[1])
         tokens = max(1, BLOCK_BYTES // (4 * width * self.spec.d_out))
         parts = zip(values.split(tokens), codes.indices.split(tokens), strict=True)
@@ -157,14 +161,34 @@ class SAE:
         z, scale, shift = self._normalised(x.float())
         if self.spec.subtract_b_dec:
             z = z - vectors["b_dec"]
-        found = collector(self.spec, vectors)
-        scales = vectors.get("scale_enc")
+        found = self._coarse(z, latents) if self._is_coarse else self._blockwise(z, latents)
+        return replace(found, scale=scale, shift=shift)
+
+    @cached_property
+    def _is_coarse(self) -> bool:
+        return coarse.is_coarse(self.stored, self.device)
+
+    def _coarse(self, z: Tensor, latents: int) -> SparseCodes:
+        """The codes by a coarse look first, and once more where that left a doubt."""
+        spec = self.spec
+        values, features, doubtful = coarse.strongest(
+            z, self.stored.encoder.data, self.stored.vectors["b_enc"], spec.k, spec.signed
+        )
+        found = padded(values if spec.signed else values.relu(), features)
+        if doubtful.any():
+            again = self._blockwise(z[doubtful], latents)
+            found.values[doubtful], found.indices[doubtful] = again.values, again.indices
+        return found
+
+    def _blockwise(self, z: Tensor, latents: int) -> SparseCodes:
+        found = collector(self.spec, self.stored.vectors)
+        scales = self.stored.vectors.get("scale_enc")
         for start, block in self.stored.encoder.blocks(latents):
             before = z @ block.to(self.device).T
             if scales is not None:
                 before *= scales[start : start + len(block)]
             found.add(start, before)
-        return replace(found.codes(), scale=scale, shift=shift)
+        return found.codes()
 
     def _normalised(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """x as the encoder reads it, and the scale and shift that undo it (none if transcoding)."""

@@ -20,6 +20,10 @@ from qll.saetrain.settings import LearningOptions
 
 WARM_UP = 0.04  # share of the run
 ADAM = ("step", "exp_avg", "exp_avg_sq")
+# Chosen on 369k tokens of SmolLM2's block 9: held-out FVU after one pass (180 steps) 0.135 with
+# torch's betas and 0.129 with these at a rate of 5e-3, 0.169 at 2e-3; after three (1,080 steps)
+# 0.108 with torch's at 2e-3, 0.099 with these at 4e-3.
+BETAS = (0.8, 0.99)
 
 
 @dataclass
@@ -75,7 +79,8 @@ class Learner:
     def __post_init__(self) -> None:
         device = self.coder.W_enc.device
         parameters = list(self.coder.parameters())
-        self.adam = torch.optim.Adam(parameters, self.options.rate, fused=device.type != "mps")
+        fused = device.type != "mps"
+        self.adam = torch.optim.Adam(parameters, self.options.rate, BETAS, fused=fused)
         self.silent = torch.zeros(self.shape.d_sae, dtype=torch.int64, device=device)
 
     @property

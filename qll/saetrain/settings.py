@@ -32,7 +32,7 @@ class JumpReLUOptions:
 class LearningOptions:
     """How an autoencoder learns; the defaults suit a few million tokens."""
 
-    rate: float = 2e-3
+    rate: float = 4e-3
     """Highest learning rate of Adam; it warms up over 4 % of the tokens, then falls to 0."""
     batch_tokens: int = 1024
     """Tokens per step, about; a short run gains more from many steps than from large ones."""

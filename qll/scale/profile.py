@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from qll.model.blocks import run_block
 from qll.model.dense import sdpa_config
 from qll.scale.work import COUNTS, Rates
+from qll.train.precision import choose_precision
 
 SIZES = (256, 512, 1024, 2048)
 STREAM_BYTES = 1 << 27
@@ -56,6 +57,7 @@ def _rate(kind: str, size: int, repeats: int) -> float:
     squares = matrix @ matrix.T / size + torch.eye(size, dtype=torch.float64)
     narrow, identity = matrix.float(), torch.eye(size, dtype=torch.float64)
     tall = narrow[:, : size // 2].contiguous().numpy()
+    coarse = narrow.to(choose_precision("auto", narrow.device))
 
     def cholesky() -> None:
         torch.linalg.solve_triangular(torch.linalg.cholesky(squares), identity, upper=False)
@@ -67,6 +69,7 @@ def _rate(kind: str, size: int, repeats: int) -> float:
         "eigenvectors": lambda: torch.linalg.eigh(squares),
         "pivots": lambda: scipy.linalg.qr(tall.T, mode="r", pivoting=True),
         "forward": lambda: narrow @ narrow,
+        "coarse": lambda: coarse @ coarse,
     }
     return COUNTS[kind](size) / _time(actions[kind], repeats)
 

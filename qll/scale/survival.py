@@ -1,7 +1,8 @@
 """What it takes to say which features of autoencoders survive, in closed form.
 
 Per place six sets of activations are encoded: of both models, of the two controls that have their
-own (noise, rounding), and of the blocks before and after, which say whether the place is right.
+own (noise, rounding), and of the blocks before and after, which say whether the place is right. The
+weights are taken to be in bfloat16, in which the features are looked for that are computed exactly.
 Four comparisons then fetch the direction of everything that fires, and four fits decode. Passes
 through the models are not in it. Nothing larger than one block of latents by one batch is held.
 """
@@ -16,12 +17,13 @@ from qll.scale.memory import PROCESS_BYTES
 from qll.scale.shapes import Shape
 from qll.scale.work import Operation, seconds
 
-BATCH_TOKENS = 4096  # encoded at a time
 SUMS = 8  # per feature, float64
 ENCODED, COMPARED, FITTED = 6, 4, 4
 # bytes moved: per latent and token by finding the k largest, per number of a direction that is
-# fetched (gathered twice, read once), and per number of one that is decoded
-TOPK_BYTES, FETCH_BYTES, DECODE_BYTES = 16, 20, 12
+# fetched (gathered twice, read once), per number of one that is decoded, and of a candidate's row
+# (gathered, widened, multiplied), of which there are SPARE times k
+TOPK_BYTES, FETCH_BYTES, DECODE_BYTES, ROW_BYTES = 8, 20, 12, 12
+SPARE = 1.25
 FLOAT32 = 4
 
 
@@ -49,14 +51,13 @@ def predict_survival(shape: Shape, machine: Machine, saes: Autoencoders) -> dict
     """
     latents = saes.width * shape.d_model
     numbers = latents * shape.d_model
-    encode = Operation("forward", ENCODED * 2.0 * saes.tokens * numbers, shape.d_model)
-    # blocks of latents are read and widened for every batch of tokens; directions once more for
-    # their norms, in each comparison
-    batches = -(-saes.tokens // BATCH_TOKENS)
-    widen = (ENCODED * batches + COMPARED) * numbers * (saes.itemsize + 2 * FLOAT32)
+    encode = Operation("coarse", ENCODED * 2.0 * saes.tokens * numbers, shape.d_model)
+    # all directions are read and widened for their norms, in each comparison
+    widen = COMPARED * numbers * (saes.itemsize + 2 * FLOAT32)
     largest = ENCODED * TOPK_BYTES * saes.tokens * latents
     fires = saes.tokens * saes.k * shape.d_model
-    moved = widen + largest + fires * (COMPARED * FETCH_BYTES + FITTED * DECODE_BYTES)
+    each_row = ENCODED * SPARE * ROW_BYTES + COMPARED * FETCH_BYTES + FITTED * DECODE_BYTES
+    moved = widen + largest + fires * each_row
     move = Operation("bytes", float(moved))
     if machine.gpu_flops:
         computed = encode.count / machine.gpu_flops

@@ -18,6 +18,7 @@ COUNTS = {
     "eigenvectors": lambda n: 9 * n**3,
     "pivots": lambda n: n**3 / 2,  # QR with pivoting of n rows and n / 2 columns
     "forward": lambda n: 2 * n**3,  # float32 matrix product
+    "coarse": lambda n: 2 * n**3,  # bfloat16 matrix product, float32 where that is faster
     "vector": lambda n: 2 * n**2,  # float32 matrix times vector, from memory
 }
 # kinds that are no arithmetic: memory traffic, calls of a block (their overhead), plain seconds

@@ -1,0 +1,148 @@
+"""The k strongest features of a token, looked for in bfloat16 and computed in float32.
+
+The one dense product of encoding only has to say which features can be among the strongest, so it
+may be coarse: k of them and some to spare are computed again exactly, and the k largest of these
+are the answer. It is checked: what the coarse look gave the last candidate, plus twice the largest
+error seen on a candidate, must stay below the k-th exact value; tokens where it does not are
+returned as doubtful. Weights are never copied whole, rows pass through a buffer of a few megabytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from qll.load.sae_file import StoredSAE
+from qll.train.precision import choose_precision
+
+LATENTS = 65536  # features per block of coarse pre-activations
+BLOCK_BYTES = 64 << 20
+BUFFER_BYTES = 4 << 20
+LEAST_SPARE = 32
+
+
+def is_coarse(stored: StoredSAE, device: torch.device) -> bool:
+    """Whether the coarse look is right for these weights and fast on `device`."""
+    weight = stored.encoder.data
+    return (
+        stored.spec.activation == "topk"
+        and isinstance(weight, Tensor)
+        and weight.dtype == torch.bfloat16
+        and not stored.encoder.transposed
+        and "scale_enc" not in stored.vectors
+        and choose_precision("auto", device) == torch.bfloat16
+    )
+
+
+def strongest(
+    z: Float[Tensor, "tokens d"],
+    weight: Float[Tensor, "features d"],
+    bias: Float[Tensor, " features"],
+    k: int,
+    signed: bool = False,
+) -> tuple[Float[Tensor, "tokens k"], Int[Tensor, "tokens k"], Bool[Tensor, " tokens"]]:
+    """(pre-activations, features, doubtful) of the k largest on each token, strongest first.
+
+    signed: largest by absolute value. `doubtful` tokens may have other features.
+
+    >>> weight = torch.eye(3).bfloat16()
+    >>> values, features, doubtful = strongest(torch.tensor([[1.0, 3.0, 2.0]]), weight,
+    ...                                        torch.zeros(3), 2)
+    >>> values.tolist(), features.tolist(), doubtful.tolist()
+    ([[3.0, 2.0]], [[1, 2]], [False])
+    """
+    count = min(len(weight), k + max(LEAST_SPARE, k // 4))
+    tokens = max(1, BLOCK_BYTES // (weight.element_size() * min(LATENTS, len(weight))))
+    parts = [_strongest(part, weight, bias, k, count, signed) for part in z.split(tokens)]
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+
+def products(
+    z: Float[Tensor, "tokens d"],
+    weight: Float[Tensor, "features d"],
+    indices: Int[Tensor, "tokens k"],
+) -> Float[Tensor, "tokens k"]:
+    """<z_t, row of weight> in float32 for the rows that each token names.
+
+    >>> products(torch.tensor([[1.0, 3.0]]), torch.eye(2), torch.tensor([[1]])).tolist()
+    [[3.0]]
+    """
+    found = z.new_empty(indices.shape)
+    for part, rows in _rows(weight, indices):
+        if len(rows) == 1:  # faster than a batch of one
+            torch.mv(rows[0], z[part.start], out=found[part.start])
+        else:
+            torch.bmm(rows, z[part, :, None], out=found[part, :, None])
+    return found
+
+
+def combinations(
+    values: Float[Tensor, "tokens k"],
+    weight: Float[Tensor, "features d"],
+    indices: Int[Tensor, "tokens k"],
+) -> Float[Tensor, "tokens d"]:
+    """Sums of the rows that each token names, weighted by its values, in float32.
+
+    >>> combinations(torch.tensor([[2.0]]), torch.eye(2), torch.tensor([[1]])).tolist()
+    [[0.0, 2.0]]
+    """
+    found = values.new_empty(len(values), weight.shape[1])
+    for part, rows in _rows(weight, indices):
+        if len(rows) == 1:
+            torch.mv(rows[0].mT, values[part.start], out=found[part.start])
+        else:
+            torch.bmm(values[part, None], rows, out=found[part, None])
+    return found
+
+
+def _rows(weight: Tensor, indices: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """(tokens, the rows they name [tokens, k, d] in float32), each time in the same buffer: taking
+    new memory for them would cost more than the products."""
+    width, size = indices.shape[1], weight.shape[1]
+    step = max(1, BUFFER_BYTES // (4 * max(1, width) * size))
+    narrow = weight.new_empty(step * width, size)
+    wide = torch.empty(narrow.shape, dtype=torch.float32, device=weight.device)
+    for start in range(0, len(indices), step):
+        wanted = indices[start : start + step]
+        torch.index_select(weight, 0, wanted.flatten(), out=narrow[: wanted.numel()])
+        rows = wide[: wanted.numel()].copy_(narrow[: wanted.numel()])
+        yield slice(start, start + step), rows.view(*wanted.shape, size)
+
+
+def _strongest(
+    z: Tensor, weight: Tensor, bias: Tensor, k: int, count: int, signed: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    coarse, features = _candidates(z.to(weight.dtype), weight, bias.to(weight.dtype), count, signed)
+    exact = products(z, weight, features) + bias[features]
+    sizes = exact.abs() if signed else exact
+    best, places = sizes.topk(min(k, count), dim=1)
+    doubtful = torch.zeros(len(z), dtype=torch.bool, device=z.device)
+    if count < len(weight):
+        error = (sizes - coarse).abs().amax(1)
+        doubtful = best[:, -1] < coarse.amin(1) + 2 * error
+    return exact.gather(1, places), features.gather(1, places), doubtful
+
+
+def _candidates(
+    z: Tensor, weight: Tensor, bias: Tensor, count: int, signed: bool
+) -> tuple[Tensor, Tensor]:
+    """The coarse sizes and the features of the `count` largest on each token, in any order."""
+    sizes, features = None, None
+    for start in range(0, len(weight), LATENTS):
+        part = z @ weight[start : start + LATENTS].T
+        part += bias[start : start + LATENTS]
+        found, places = _largest(part.abs_() if signed else part, count)
+        places += start
+        if sizes is not None:
+            sizes, chosen = _largest(torch.cat([sizes, found], dim=1), count)
+            features = torch.cat([features, places], dim=1).gather(1, chosen)
+        else:
+            sizes, features = found, places
+    return sizes.float(), features
+
+
+def _largest(sizes: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    return tuple(sizes.topk(min(count, sizes.shape[1]), dim=1, sorted=False))
