@@ -199,8 +199,7 @@ def survival_row(rates: Any) -> dict[str, Any]:
     weights = torch.empty(LATENTS, WIDTH, dtype=torch.bfloat16).normal_(std=WIDTH**-0.5)
     spec = SAESpec("layers.1", WIDTH, LATENTS, WIDTH, "topk", k=SAE_K)
     biases = {"b_enc": torch.zeros(LATENTS), "b_dec": torch.zeros(WIDTH)}
-    matrix = LatentMatrix(weights)
-    sae = SAE(StoredSAE(spec, matrix, matrix, biases))
+    sae = SAE(StoredSAE(spec, LatentMatrix(weights), LatentMatrix(weights.clone()), biases))
     # what the measures ask a model for
     model = SimpleNamespace(device=torch.device("cpu"), config=SimpleNamespace(num_hidden_layers=3))
     ids, x = torch.zeros(1, SAE_TOKENS, dtype=torch.int64), torch.randn(1, SAE_TOKENS, WIDTH)

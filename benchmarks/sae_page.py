@@ -154,7 +154,9 @@ def curve(points: list[dict[str, Any]], places: list[str]) -> list[str]:
 
 def features(result: dict[str, Any]) -> str:
     """Perplexity and features kept, with the ordinary metric and with `--feature_weight`."""
-    rows = sorted(result["rows"].values(), key=lambda row: (-row["keep"], row["feature_weight"]))
+    rows = sorted(
+        result["rows"].values(), key=lambda row: (-round(row["keep"], 1), row["feature_weight"])
+    )
     texts, places = list(rows[0]["ppl_ratio"]), list(rows[0]["features"])
     head = ["keep", "feature weight", *(f"ppl / dense, {text}" for text in texts)]
     head += [f"{place} {what}" for place in places for what in ("kept", "effects kept")]
@@ -171,8 +173,39 @@ def features(result: dict[str, Any]) -> str:
         "| " + " | ".join(head) + " |",
         "|" + "---|" * len(head),
         *(feature_line(row, texts, places) for row in rows),
+        "",
+        "What the weight changes against the row of weight 0 at the same size: "
+        + "; ".join(price(row, without(row, rows)) for row in rows if row["feature_weight"])
+        + ".",
     ]
     return "\n".join(lines)
+
+
+def without(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The row of the same size whose conversion was told nothing of features."""
+    size = round(row["keep"], 1)
+    return next(
+        other for other in rows if not other["feature_weight"] and round(other["keep"], 1) == size
+    )
+
+
+def price(row: dict[str, Any], plain: dict[str, Any]) -> str:
+    """Features won or lost, in points of a hundred, beside the factor on perplexity.
+
+    >>> place = {"kept": 0.5, "effects_kept": None}
+    >>> plain = {"keep": 0.8, "ppl_ratio": {"t": 1.25}, "features": {"l": place}}
+    >>> price(plain | {"feature_weight": 1, "features": {"l": place | {"kept": 0.6}}}, plain)
+    'keep 0.8, weight 1: kept +10.0, perplexity x 1.000'
+    """
+    shown = []
+    for word, key in (("kept", "kept"), ("effects kept", "effects_kept")):
+        pairs = [(row["features"][p][key], plain["features"][p][key]) for p in row["features"]]
+        if all(value is not None for pair in pairs for value in pair):
+            changes = ", ".join(f"{100 * (new - old):+.1f}" for new, old in pairs)
+            shown.append(f"{word} {changes}")
+    factors = [row["ppl_ratio"][text] / plain["ppl_ratio"][text] for text in row["ppl_ratio"]]
+    shown.append("perplexity " + " and ".join(f"x {factor:.3f}" for factor in factors))
+    return f"keep {row['keep']:.1f}, weight {row['feature_weight']:g}: {', '.join(shown)}"
 
 
 def floors(rows: list[dict[str, Any]]) -> str:

@@ -4,7 +4,8 @@
 
 Arithmetic is float32 whatever the weights are stored in (bfloat16 may choose which features are
 computed: `qll.lens.coarse`). Encoding walks over blocks of features and keeps a running top-k, so
-that no [tokens, d_sae] array exists; decoding gathers the k rows a token needs. Formulas and their variants: `qll.load.sae_file` and the readers of each format.
+that no [tokens, d_sae] array exists; decoding gathers the k rows a token needs. Formulas and their
+variants: `qll.load.sae_file` and the readers of each format.
 """
 
 from __future__ import annotations
