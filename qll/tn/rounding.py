@@ -39,6 +39,11 @@ REACH = {
     8: np.arange(0.9, 1.21, 0.02),
 }
 
+# A singular moment is lifted by this share of its mean diagonal, as GPTQ does with every one. With
+# less, numbers are asked to make up for so much that they leave the grid: at 1e-6 one rank-3 moment
+# in ten lost up to 76 times what rounding to nearest loses, at 1e-2 all of twenty a fifth or less.
+LIFT = 1e-2
+
 
 @dataclass(frozen=True)
 class Rounded:
@@ -197,11 +202,11 @@ def _upper_root(moment: Tensor | None, order: Tensor) -> Tensor | None:
         return None if moment is None else moment.to("cpu", torch.float64).sqrt()
     moment = moment.to("cpu", torch.float64)[order][:, order]
     root, info = torch.linalg.cholesky_ex(moment.flip(0, 1))
-    raised, mean = 1e-12, moment.diagonal().mean().clamp(min=1e-300)
+    raised, mean = LIFT, moment.diagonal().mean().clamp(min=1e-300)
     while int(info) and raised < 1:
         lifted = moment + raised * mean * torch.eye(len(moment), dtype=moment.dtype)
         root, info = torch.linalg.cholesky_ex(lifted.flip(0, 1))
-        raised *= 100
+        raised *= 10
     return root.flip(0, 1)
 
 

@@ -75,12 +75,13 @@ def test_the_order_of_rows_does_not_matter():
     assert torch.equal(found.codes[order], permuted.codes)
 
 
-def test_a_singular_moment_is_no_obstacle():
-    rows = torch.randn(40, 40, dtype=torch.float64)
-    thin = torch.randn(40, 3, dtype=torch.float64)
-    found = round_in_metric(rows, Packing(4, 32), thin @ thin.T, thin @ thin.T)
+@pytest.mark.parametrize("seed", range(8))
+def test_a_singular_moment_is_no_obstacle(seed):
+    hand = torch.Generator().manual_seed(seed)
+    rows = torch.randn(40, 40, generator=hand, dtype=torch.float64)
+    thin = torch.randn(40, 3, generator=hand, dtype=torch.float64)
+    both = (thin @ thin.T, thin @ thin.T)
+    found = round_in_metric(rows, Packing(4, 32), *both)
     assert torch.isfinite(found.values).all()
     nearest = round_nearest(rows, Packing(4, 32))
-    assert lost(rows - found.values, thin @ thin.T, thin @ thin.T) < lost(
-        rows - nearest.values, thin @ thin.T, thin @ thin.T
-    )
+    assert lost(rows - found.values, *both) < 0.5 * lost(rows - nearest.values, *both)
