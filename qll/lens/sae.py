@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 from torch.nn import functional
 
@@ -30,6 +30,7 @@ from qll.load.sae_file import SAESpec, StoredSAE
 CPU = torch.device("cpu")
 # Bytes of a block of weights, and of a block of pre-activations, in float32
 BLOCK_BYTES = 64 << 20
+DIRECTIONS = 4096  # whose norms are computed at a time
 # Weights of up to this size are kept in memory; larger ones stay in their file
 MEMORY_BYTES = 5 << 29
 
@@ -123,6 +124,12 @@ class SAE:
         matrix = self.stored.vectors.get("inverse_matrix")
         rows = rows if scale is None else rows * scale[wanted][:, None]
         return rows if matrix is None else rows @ matrix
+
+    @cached_property
+    def direction_squares(self) -> Float64[Tensor, " d_sae"]:
+        """Squared norm of every direction, on the CPU; computed once."""
+        latents = torch.arange(self.spec.d_sae).split(DIRECTIONS)
+        return torch.cat([self.directions(n).square().sum(1).cpu().double() for n in latents])
 
     def require_features(self, features: Iterable[int]) -> None:
         """Raise UsageError unless the autoencoder has all of `features`."""

@@ -158,7 +158,7 @@ class Survival:
         classes, values = self.classes(), self.per_feature()
         measured = classes >= 0
         counts = {name: int((classes == number).sum()) for number, name in enumerate(CLASSES)}
-        energy = self.sums["aa"] * decoder_squares(self.sae)
+        energy = self.sums["aa"] * self.sae.direction_squares
         weights = {
             "unweighted": torch.ones_like(energy),
             "by_fires": self.counts["fires"].double(),
@@ -237,12 +237,6 @@ class Survival:
     def _per_token(self, name: str) -> float:
         only = self.counts[name].sum() - self.counts["both"].sum()
         return float(only) / max(1, self.tokens)
-
-
-def decoder_squares(sae: SAE) -> Float[Tensor, " d_sae"]:
-    """Squared norm of every direction, float64."""
-    latents = torch.arange(sae.spec.d_sae).split(4096)
-    return torch.cat([sae.directions(part).square().sum(1).cpu().double() for part in latents])
 
 
 def _firm(codes: SparseCodes) -> Tensor:

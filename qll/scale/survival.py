@@ -52,8 +52,8 @@ def predict_survival(shape: Shape, machine: Machine, saes: Autoencoders) -> dict
     latents = saes.width * shape.d_model
     numbers = latents * shape.d_model
     encode = Operation("coarse", ENCODED * 2.0 * saes.tokens * numbers, shape.d_model)
-    # all directions are read and widened for their norms, in each comparison
-    widen = COMPARED * numbers * (saes.itemsize + 2 * FLOAT32)
+    # all directions are read and widened for their norms, once
+    widen = numbers * (saes.itemsize + 2 * FLOAT32)
     largest = ENCODED * TOPK_BYTES * saes.tokens * latents
     fires = saes.tokens * saes.k * shape.d_model
     each_row = ENCODED * SPARE * ROW_BYTES + COMPARED * FETCH_BYTES + FITTED * DECODE_BYTES
