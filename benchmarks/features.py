@@ -50,12 +50,7 @@ def main() -> None:
         "calib_tokens": CALIB_TOKENS,
         "eval_tokens": EVAL_TOKENS,
     }
-    names = {
-        f"keep{keep}_weight{weight:g}": (keep, weight)
-        for weight, keeps in ROWS.items()
-        for keep in keeps
-    }
-    chosen = {name: row for name, row in names.items() if arguments.only in (None, name)}
+    chosen = {name: row for name, row in row_names().items() if arguments.only in (None, name)}
     with tempfile.TemporaryDirectory() as folder:
         for weight in dict.fromkeys(weight for _, weight in chosen.values()):
             moments = calibrated(arguments, weight, Path(folder) / f"moments{weight:g}")
@@ -64,6 +59,19 @@ def main() -> None:
                     out = Path(folder) / name
                     results["rows"][name] = measured(arguments, keep, weight, moments, out)
                     RESULT.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def row_names() -> dict[str, tuple[float, float]]:
+    """(keep, weight) of every row by its name.
+
+    >>> row_names()["keep0.8_weight4"]
+    (0.8, 4.0)
+    """
+    return {
+        f"keep{keep}_weight{weight:g}": (keep, weight)
+        for weight, keeps in ROWS.items()
+        for keep in keeps
+    }
 
 
 def shareable(word: str) -> str:

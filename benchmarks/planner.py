@@ -58,6 +58,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 def main() -> None:
     """Measure, predict, write."""
+    from qll.scale.profile import measure
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--only", choices=["rates", *CASES, "memory", "survival", "whole", "predict"]
@@ -66,8 +68,6 @@ def main() -> None:
     results = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     results |= {"machine": machine() | {"threads": 1}, "command": "python benchmarks/planner.py"}
     results |= {"seed": 0, "versions": versions(), "cpu": cpu_name()}
-    from qll.scale.profile import measure
-
     if only in (None, "rates"):
         results["rates"] = measure()
         save(results)

@@ -77,9 +77,9 @@ def summary(demo: dict[str, Any], quality: dict[str, Any]) -> str:
     )
 
 
-INTRODUCTION = """Every number here is read from a committed file in `benchmarks/results/`, written
-by the script of the same name; this page is made by `benchmarks/results_page.py`. Rows where we
-lose stay in."""
+INTRODUCTION = """Every number here is read from a committed file: in `benchmarks/results/`, written
+by the script of the same name, or beside the embedded autoencoders. This page is made by
+`benchmarks/results_page.py`. Rows where we lose stay in."""
 
 
 def main_job(result: dict[str, Any]) -> str:

@@ -69,9 +69,9 @@ def row(
     """One row, in a fresh process whose peers come from --peers."""
     settings = {**sizes[name.split("/")[0]], "quick": arguments.quick, "threads": arguments.threads}
     settings |= {"text": str(arguments.text) if arguments.text else None}
-    paths = [str(ROOT)] + ([str(arguments.peers)] if arguments.peers else [])
+    settings |= {"peers": str(arguments.peers) if arguments.peers else None}
     threads = str(arguments.threads)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": threads}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": threads}
     command = [sys.executable, "-m", "benchmarks.sae_rows", name, str(cache), json.dumps(settings)]
     done = subprocess.run(
         command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False

@@ -4,8 +4,11 @@ that are kept on purpose."""
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from benchmarks.features import row_names
 
 EMBEDDED = Path(__file__).parents[1] / "qll" / "saes" / "smollm2-135m"
 LABELS = {
@@ -34,13 +37,13 @@ def section(result: dict[str, Any]) -> str:
         "Targets: no slower than "
         "sparsify (aim: 1.5 times), FVU within 2 %.",
         "",
-        *training_table(of_kind(result["rows"], "training")),
+        *table(of_kind(result["rows"], "training"), ("held-out FVU", "tokens"), training_cells),
         "",
         f"Encoding and decoding {coding['tokens']:,} random tokens with {coding['d_sae']:,} random "
         f"features of width {coding['d_in']:,} in bfloat16, k = {coding['k']}. Targets: no slower "
         "than the faster package, at most 60 % of its peak memory.",
         "",
-        *coding_table(of_kind(result["rows"], "coding")),
+        *table(of_kind(result["rows"], "coding"), ("rounds", "load s"), coding_cells),
     ]
     return "\n".join(lines)
 
@@ -54,37 +57,35 @@ def of_kind(rows: dict[str, Any], kind: str) -> dict[str, Any]:
     return {name.split("/")[1]: row for name, row in rows.items() if name.startswith(f"{kind}/")}
 
 
-def training_table(rows: dict[str, Any]) -> list[str]:
-    """Tokens per second and FVU.
+def table(rows: dict[str, Any], head: tuple[str, str], cells: Callable) -> list[str]:
+    """A row for each package: tokens per second, times ours, peak memory, and the two of `cells`.
 
-    >>> row = {"tokens_per_second": 1000.0, "fvu": 0.2, "peak_rss_bytes": 1e9, "tokens": 10}
-    >>> training_table({"qll": row})[-1]
-    '| **QLL** | 1,000 | 1.00 | 0.2000 | 1.00 |'
+    >>> row = {"tokens_per_second": 1000.0, "peak_rss_bytes": 1e9}
+    >>> table({"qll": row}, ("a", "b"), lambda row: ["1", "2"])[-1]
+    '| **QLL** | 1,000.0 | 1.00 | 1.00 | 1 | 2 |'
     """
-    lines = ["| trainer | tokens/s | times ours | held-out FVU | peak GB |", "|---" * 5 + "|"]
+    columns = ("package", "tokens/s", "times ours", "peak GB", *head)
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     own = rows.get("qll", {}).get("tokens_per_second")
     for who, row in rows.items():
         if "skipped" in row:
-            lines.append(f"| {LABELS[who]} | {row['skipped']} | | | |")
+            lines.append(f"| {LABELS[who]} | {row['skipped']} | | | | |")
             continue
-        cells = [LABELS[who], f"{row['tokens_per_second']:,.0f}", times(row, own)]
-        cells += [f"{row['fvu']:.4f}", f"{row['peak_rss_bytes'] / 1e9:.2f}"]
-        lines.append(f"| {' | '.join(cells)} |")
+        shown = [LABELS[who], f"{row['tokens_per_second']:,.1f}", times(row, own)]
+        shown += [f"{row['peak_rss_bytes'] / 1e9:.2f}", *cells(row)]
+        lines.append(f"| {' | '.join(shown)} |")
     return lines
 
 
-def coding_table(rows: dict[str, Any]) -> list[str]:
-    """Tokens per second and peak memory."""
-    lines = ["| package | tokens/s | times ours | peak GB | load s |", "|---|---|---|---|---|"]
-    own = rows.get("qll", {}).get("tokens_per_second")
-    for who, row in rows.items():
-        if "skipped" in row:
-            lines.append(f"| {LABELS[who]} | {row['skipped']} | | | |")
-            continue
-        cells = [LABELS[who], f"{row['tokens_per_second']:,.1f}", times(row, own)]
-        cells += [f"{row['peak_rss_bytes'] / 1e9:.2f}", f"{row['load_seconds']:.1f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+def training_cells(row: dict[str, Any]) -> list[str]:
+    """Held-out FVU, and tokens it was trained on."""
+    return [f"{row['fvu']:.4f}", f"{row['tokens']:,}"]
+
+
+def coding_cells(row: dict[str, Any]) -> list[str]:
+    """The slowest and fastest round, and seconds of loading."""
+    rounds = row["rounds"]
+    return [f"{min(rounds):,.0f} to {max(rounds):,.0f}", f"{row['load_seconds']:.1f}"]
 
 
 def times(row: dict[str, Any], own: float | None) -> str:
@@ -178,6 +179,8 @@ def features(result: dict[str, Any]) -> str:
         + "; ".join(price(row, without(row, rows)) for row in rows if row["feature_weight"])
         + ".",
     ]
+    if missing := sorted(set(row_names()) - set(result["rows"])):
+        lines += ["", f"Not run: {', '.join(missing)}."]
     return "\n".join(lines)
 
 

@@ -41,6 +41,9 @@ def main() -> None:
     """Run one row and print what it measured."""
     name, cache, settings = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
     torch.set_num_threads(settings["threads"])
+    if settings["peers"] is not None:
+        # last, so that what they brought along does not take the place of our torch and the like
+        sys.path.append(settings["peers"])
     kind, _, who = name.partition("/")
     package = {"sparsify": "eai-sparsify", "sparsify_adam": "eai-sparsify", "sae_lens": "sae-lens"}
     facts: dict[str, Any] = {key: environment()[key] for key in ("versions", "git")}

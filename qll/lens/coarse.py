@@ -4,7 +4,7 @@ The one dense product of encoding only has to say which features can be among th
 may be coarse: k of them and some to spare are computed again exactly, and the k largest of these
 are the answer. It is checked: what the coarse look gave the last candidate, plus twice the largest
 error seen on a candidate, must stay below the k-th exact value; tokens where it does not are
-returned as doubtful. Weights are never copied whole, rows pass through a buffer of a few megabytes.
+returned as doubtful. Weights are never copied whole; rows pass through a small buffer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from qll.train.precision import choose_precision
 
 LATENTS = 65536  # features per block of coarse pre-activations
 BLOCK_BYTES = 64 << 20
-BUFFER_BYTES = 4 << 20
+# rows in float32: small enough for a processor's cache, big enough for a GPU
+BUFFER_BYTES = {"cpu": 4 << 20, "cuda": 1 << 28, "mps": 1 << 26}
 LEAST_SPARE = 32
 
 
@@ -79,14 +80,14 @@ def products(
     return found
 
 
-def combinations(
+def combine(
     values: Float[Tensor, "tokens k"],
     weight: Float[Tensor, "features d"],
     indices: Int[Tensor, "tokens k"],
 ) -> Float[Tensor, "tokens d"]:
     """Sums of the rows that each token names, weighted by its values, in float32.
 
-    >>> combinations(torch.tensor([[2.0]]), torch.eye(2), torch.tensor([[1]])).tolist()
+    >>> combine(torch.tensor([[2.0]]), torch.eye(2), torch.tensor([[1]])).tolist()
     [[0.0, 2.0]]
     """
     found = values.new_empty(len(values), weight.shape[1])
@@ -102,7 +103,8 @@ def _rows(weight: Tensor, indices: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """(tokens, the rows they name [tokens, k, d] in float32), each time in the same buffer: taking
     new memory for them would cost more than the products."""
     width, size = indices.shape[1], weight.shape[1]
-    step = max(1, BUFFER_BYTES // (4 * max(1, width) * size))
+    fitting = BUFFER_BYTES[weight.device.type] // (4 * max(1, width) * size)
+    step = max(1, min(len(indices), fitting))
     narrow = weight.new_empty(step * width, size)
     wide = torch.empty(narrow.shape, dtype=torch.float32, device=weight.device)
     for start in range(0, len(indices), step):

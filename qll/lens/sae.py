@@ -152,7 +152,7 @@ class SAE:
                 codes.indices, weight, per_sample_weights=values, mode="sum"
             )
         if isinstance(weight, Tensor) and not self.stored.decoder.transposed:
-            return coarse.combinations(values, weight, codes.indices)
+            return coarse.combine(values, weight, codes.indices)
         width = max(1, codes.values.shape[1])
         tokens = max(1, BLOCK_BYTES // (4 * width * self.spec.d_out))
         parts = zip(values.split(tokens), codes.indices.split(tokens), strict=True)

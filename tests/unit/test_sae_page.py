@@ -15,7 +15,8 @@ def test_every_row_that_is_measured_is_on_the_page(tmp_path):
     result = {"machine": sae.machine(), "threads": 1, "sizes": sae.QUICK, "rows": rows, "text": "t"}
     text = sae_page.section(result)
     ours = rows["training/qll"]
-    assert f"| **QLL** | {ours['tokens_per_second']:,.0f} | 1.00 | {ours['fvu']:.4f} |" in text
+    assert f"| **QLL** | {ours['tokens_per_second']:,.1f} | 1.00 |" in text
+    assert f"| {ours['fvu']:.4f} | {ours['tokens']:,} |" in text
     assert f"| **QLL** | {rows['coding/qll']['tokens_per_second']:,.1f} | 1.00 |" in text
     for name in ("training/sparsify", "coding/sae_lens"):
         label = sae_page.LABELS[name.split("/")[1]]
@@ -59,10 +60,13 @@ def test_a_row_of_the_features_benchmark_is_on_the_page():
             "eval": {"name": "b.txt"},
             "calib_tokens": 16384,
             "eval_tokens": 8192,
-            "rows": rows,
+            "rows": {f"keep0.8_{name}": row for name, row in rows.items()},
         }
     )
-    lines = text.splitlines()
+    *lines, _, missing = text.splitlines()
+    assert missing.startswith("Not run: keep0.6_weight0,")
+    assert "keep0.8_weight4" in missing
+    assert "keep0.8_weight1" not in missing
     assert lines[-1].endswith("keep 0.8, weight 1: kept +0.0, perplexity x 1.000.")
     assert lines[-4:-2] == [
         f"| 0.8 | {weight} | 1.500 | 75.0 % (70.0 to 80.0) |  |" for weight in (0, 1)

@@ -90,9 +90,18 @@ def test_sums_of_rows_do_not_depend_on_the_buffer(monkeypatch):
     values = torch.randn(11, 5)
     wanted = torch.einsum("tk,tkd->td", values, weight.float()[indices])
     for size in (1, 700, 1 << 20):
-        monkeypatch.setattr(coarse, "BUFFER_BYTES", size)
-        made = coarse.combinations(values, weight, indices)
+        monkeypatch.setitem(coarse.BUFFER_BYTES, "cpu", size)
+        made = coarse.combine(values, weight, indices)
         torch.testing.assert_close(made, wanted, atol=1e-6, rtol=1e-5)
+
+
+def test_no_tokens_and_no_features_are_nothing():
+    weight = weights(5, 4, 0)
+    assert (
+        coarse.combine(torch.ones(3, 0), weight, torch.ones(3, 0).long()).tolist() == [[0] * 4] * 3
+    )
+    assert coarse.combine(torch.ones(0, 2), weight, torch.ones(0, 2).long()).shape == (0, 4)
+    assert coarse.products(torch.ones(0, 4), weight, torch.ones(0, 2).long()).shape == (0, 2)
 
 
 def test_full_precision_weights_are_never_looked_at_coarsely(monkeypatch):
