@@ -159,17 +159,19 @@ def _mean(values: Iterable[units.Number | None]) -> str:
 def features_table(layers: Mapping[str, Mapping[str, Any]]) -> str:
     """What became of the features of each autoencoder, one line each; "" without any.
 
-    kept: share of the measured ones, beside that of rounding to bfloat16; effects: share of
-    effects on the logits kept; FVU: dense, and after the conversion.
+    kept: share of the measured ones; effects: share of effects on the logits kept; each beside that
+    of rounding to bfloat16 alone; FVU: dense, and after the conversion.
 
     >>> features_table({})
     ''
     """
     header = ("features", "measured", "kept", "blurred", "lost", "silenced", "bf16 floor",
-              "effects", "FVU", "after")  # fmt: skip
+              "effects", "their floor", "FVU", "after")  # fmt: skip
     rows = []
     for entry in layers.values():
         survival, floor = entry["survival"], entry.get("controls", {}).get("floor")
+        causal = entry.get("causal", {})
+        rounded = causal.get("controls", {}).get("floor", {})
         rows.append(
             (
                 _safe(entry["hookpoint"], 18),
@@ -177,7 +179,8 @@ def features_table(layers: Mapping[str, Mapping[str, Any]]) -> str:
                 units.percent(survival["kept_share"]["unweighted"]),
                 *(units.count(survival[name]) for name in ("blurred", "lost", "silenced")),
                 units.percent(None if floor is None else floor["kept_share"]["unweighted"]),
-                units.percent(entry.get("causal", {}).get("kept_share")),
+                units.percent(causal.get("kept_share")),
+                units.percent(rounded.get("kept_share")),
                 units.number(entry["dense"]["fvu"]),
                 units.number(entry["converted"]["fvu"]),
             )

@@ -58,8 +58,8 @@ def cost_pairs(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = [
         ("parameters, whole model", "parameters", params, units.count),
         (f"bytes in {compression['dtype']}", "bytes", compression.get("bytes"), units.size),
-        ("decode, tokens per second", "decode tokens/s", decode, units.rounded),
-        ("prefill, tokens per second", "prefill tokens/s", prefill, units.rounded),
+        ("decode, tokens/s in transformers", "decode tokens/s", decode, units.rounded),
+        ("prefill, tokens/s in transformers", "prefill tokens/s", prefill, units.rounded),
         ("FLOPs per decoded token", "", cost.get("flops_per_token"), units.count),
     ]
     return [
@@ -76,11 +76,14 @@ def feature_summary(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
     """
     survival, page = entry["survival"], str(entry.get("page", ""))
     floor = entry.get("controls", {}).get("floor")
-    causal = entry.get("causal", {}).get("kept_share")
+    causal = entry.get("causal", {})
+    rounded = causal.get("controls", {}).get("floor", {}).get("kept_share")
     numbers = [
         ("bfloat16 floor", None if floor is None else floor["kept_share"]["unweighted"],
          "kept when the dense model is only rounded"),
-        ("effects kept", causal, "of features taken away, changes of the logits that stay"),
+        ("effects kept", causal.get("kept_share"),
+         "of features taken away, changes of the logits that stay"),
+        ("their bfloat16 floor", rounded, "effects kept when the dense model is only rounded"),
         ("kept by energy", survival["kept_share"]["by_energy"], "features weighed by energy"),
     ]  # fmt: skip
     return {

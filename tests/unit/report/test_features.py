@@ -162,6 +162,19 @@ def test_the_table(features):
     assert "62.0 %" in lines[2]
 
 
+def test_effects_stand_beside_what_rounding_alone_leaves(features):
+    causal = {"kept_share": 0.055, "controls": {"floor": {"kept_share": 0.332}}}
+    entry = features["entry"] | {"causal": causal}
+    shown = {title: share for title, share, _ in feature_summary("9", entry)["numbers"]}
+    assert (shown["effects kept"], shown["their bfloat16 floor"]) == ("5.5 %", "33.2 %")
+    header, _, line = features_table({"9": entry}).splitlines()
+    assert "their floor" in header
+    assert line.index("5.5 %") < line.index("33.2 %")
+    # without causal edits there is nothing to show
+    bare = feature_summary("9", features["entry"] | {"causal": {"edits": 0, "features": 0}})
+    assert [share for title, share, _ in bare["numbers"] if "floor" in title][1] == "n/a"
+
+
 def test_plots_leave_out_what_was_not_measured():
     assert "var(--converted)" not in survival_curve([], {}, [])
     assert survival_curve([0.1, 0.2], {}, []).count("var(--converted)") == 1
