@@ -32,7 +32,7 @@ RESULT = ROOT / "benchmarks" / "results" / "sae.json"
 CACHE = ROOT / "benchmarks" / ".cache" / "sae"
 ROWS = (
     *("training/qll", "training/sparsify", "training/sparsify_adam"),
-    *("coding/qll", "coding/sparsify", "coding/sae_lens"),
+    *("coding/qll", "coding/qll_bfloat16", "coding/sparsify", "coding/sae_lens"),
 )
 FULL = {
     "training": {"d_in": 576, "expansion": 8, "k": 32, "tokens": 393216, "batch_tokens": 2048},

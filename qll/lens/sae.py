@@ -3,7 +3,7 @@
     z = x - b_dec     h = W_enc z + b_enc     f = activation(h)     y = sum_i f_i W_dec_i + b_dec
 
 Arithmetic is float32 whatever the weights are stored in (bfloat16 may choose which features are
-computed: `qll.lens.coarse`). Encoding walks over blocks of features and keeps a running top-k, so
+computed: `qll.lens.coarse`), unless bfloat16 is asked for. Encoding walks over blocks of features and keeps a running top-k, so
 that no [tokens, d_sae] array exists; decoding gathers the k rows a token needs. Formulas and their
 variants: `qll.load.sae_file` and the readers of each format.
 """
@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Float64, Int
@@ -50,6 +51,17 @@ class SAE:
 
     stored: StoredSAE
     device: torch.device = CPU
+    precision: torch.dtype = torch.float32
+    """bfloat16: products and sums of rows as the weights are stored, and results rounded to it."""
+
+    def __post_init__(self) -> None:
+        if self.precision != torch.float32 and not coarse.allows(self.stored):
+            raise UsageError(
+                "this autoencoder cannot compute in bfloat16",
+                where=self.stored.where,
+                expected="topk, with weights stored in bfloat16 (a row per feature) and in memory",
+                hint="use float32",
+            )
 
     @property
     def spec(self) -> SAESpec:
@@ -147,10 +159,11 @@ class SAE:
         if scale is not None:
             values = values * scale[codes.indices]
         weight = self.stored.decoder.data
-        if isinstance(weight, Tensor) and weight.dtype == torch.float32:
+        if isinstance(weight, Tensor) and weight.dtype == self.precision:
+            values = values.to(weight.dtype)
             return functional.embedding_bag(
                 codes.indices, weight, per_sample_weights=values, mode="sum"
-            )
+            ).float()
         if isinstance(weight, Tensor) and not self.stored.decoder.transposed:
             return coarse.combine(values, weight, codes.indices)
         width = max(1, codes.values.shape[1])
@@ -169,12 +182,22 @@ class SAE:
         z, scale, shift = self._normalised(x.float())
         if self.spec.subtract_b_dec:
             z = z - vectors["b_dec"]
-        found = self._coarse(z, latents) if self._is_coarse else self._blockwise(z, latents)
+        if self.precision == torch.bfloat16:
+            found = self._rounded(z)
+        else:
+            found = self._coarse(z, latents) if self._is_coarse else self._blockwise(z, latents)
         return replace(found, scale=scale, shift=shift)
 
     @cached_property
     def _is_coarse(self) -> bool:
-        return coarse.is_coarse(self.stored, self.device)
+        return coarse.is_fast(self.stored, self.device)
+
+    def _rounded(self, z: Tensor) -> SparseCodes:
+        spec = self.spec
+        values, features = coarse.rounded(
+            z, self.stored.encoder.data, self.stored.vectors["b_enc"], spec.k, spec.signed
+        )
+        return padded(values if spec.signed else values.relu(), features)
 
     def _coarse(self, z: Tensor, latents: int) -> SparseCodes:
         """The codes by a coarse look first, and once more where that left a doubt."""
@@ -246,12 +269,15 @@ def load_sae(
     *,
     k: int | None = None,
     device: str | torch.device = "cpu",
+    precision: Literal["float32", "bfloat16"] = "float32",
     memory_bytes: int = MEMORY_BYTES,
 ) -> SAE:
     """The autoencoder of `folder` at `hookpoint` (a place's name, or its path below `folder`).
 
     k: use another number of features per token, as a MultiTopK autoencoder allows. Weights of more
     than `memory_bytes` stay in the file and are read block by block whenever they are needed.
+    precision: bfloat16 is faster and rounds every result to three digits, as other packages do;
+    topk autoencoders stored in bfloat16 allow it (UsageError).
     Raises MissingFileError naming the hookpoints found, and what `qll.load.sae.open_sae` raises.
     """
     stored = open_sae(folder, hookpoint)
@@ -263,4 +289,5 @@ def load_sae(
         encoder, decoder = stored.encoder.load(device), stored.decoder.load(device)
         stored = replace(stored, encoder=encoder, decoder=decoder)
     vectors = {name: vector.to(device) for name, vector in stored.vectors.items()}
-    return SAE(replace(stored, vectors=vectors), torch.device(device))
+    stored = replace(stored, vectors=vectors)
+    return SAE(stored, torch.device(device), getattr(torch, precision))

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qll.errors import UsageError
 from qll.lens import coarse
 from qll.lens.sae import SAE
 from qll.load.sae_file import LatentMatrix, SAESpec, StoredSAE
@@ -106,5 +107,29 @@ def test_no_tokens_and_no_features_are_nothing():
 
 def test_full_precision_weights_are_never_looked_at_coarsely(monkeypatch):
     monkeypatch.setattr(coarse, "choose_precision", lambda wanted, device: torch.bfloat16)
-    assert coarse.is_coarse(autoencoder(weights(8, 4, 0), 2).stored, torch.device("cpu"))
-    assert not coarse.is_coarse(autoencoder(torch.eye(8, 4), 2).stored, torch.device("cpu"))
+    assert coarse.is_fast(autoencoder(weights(8, 4, 0), 2).stored, torch.device("cpu"))
+    assert not coarse.is_fast(autoencoder(torch.eye(8, 4), 2).stored, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("block", [7, 1000])
+def test_in_bfloat16_every_result_is_within_its_rounding(signed, block, monkeypatch):
+    monkeypatch.setattr(coarse, "LATENTS", block)
+    sae = autoencoder(weights(500, 48, 1), k=9, signed=signed)
+    x = torch.randn(30, 48, generator=torch.Generator().manual_seed(2))
+    wanted, found = sae.encode(x), replace(sae, precision=torch.bfloat16).encode(x)
+    # the weakest features may change places with others of nearly their size
+    rounding = 2**-7 * wanted.values.abs().amax()
+    sizes = found.values.abs().sort(dim=1, descending=True).values
+    assert bool(((sizes - wanted.values.abs()).abs() <= rounding).all())
+    assert bool((found.values < 0).any()) == signed
+    made = replace(sae, precision=torch.bfloat16).decode(found)
+    assert made.dtype == torch.float32
+    torch.testing.assert_close(made, sae.decode(found), atol=0.05, rtol=0.02)
+    assert not torch.equal(made, sae.decode(found))
+
+
+def test_bfloat16_needs_weights_in_bfloat16():
+    sae = autoencoder(torch.eye(8, 4), 2)
+    with pytest.raises(UsageError, match="stored in bfloat16"):
+        replace(sae, precision=torch.bfloat16)
