@@ -221,6 +221,7 @@ def survival_row(rates: Any) -> dict[str, Any]:
     found = predict_survival(SHAPES["llama3-8b"], one_core(rates), saes)
     return {
         "tokens": SAE_TOKENS,
+        "rates": {kind: rates[kind] for kind in ("coarse", "bytes")},
         "seconds": compared(spent, found["seconds_per_place"]),
         "memory": compared(float(peak), found["memory"]),
     }

@@ -4,26 +4,22 @@ The one dense product of encoding only has to say which features can be among th
 may be coarse: k of them and some to spare are computed again exactly, and the k largest of these
 are the answer. It is checked: what the coarse look gave the last candidate, plus twice the largest
 error seen on a candidate, must stay below the k-th exact value; tokens where it does not are
-returned as doubtful. Weights are never copied whole; rows pass through a small buffer. `rounded` is
-the coarse look alone, which is what other packages compute with weights in bfloat16.
+returned as doubtful. `rounded` is the coarse look alone,
+which is what other packages compute with weights in bfloat16.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn import functional
 
+from qll.lens.rows import products
 from qll.load.sae_file import StoredSAE
 from qll.train.precision import choose_precision
 
 LATENTS = 131072  # features per block of coarse pre-activations
 BLOCK_BYTES = 64 << 20
-# rows in float32: small enough for a processor's cache, big enough for a GPU
-BUFFER_BYTES = {"cpu": 4 << 20, "cuda": 1 << 28, "mps": 1 << 26}
 LEAST_SPARE = 32
 
 
@@ -85,63 +81,6 @@ def rounded(
     block = _block(z, weight)
     parts = [_candidates(part, weight, bias, k, signed, block) for part in z.split(len(block))]
     return tuple(torch.cat(part) for part in zip(*parts, strict=True))
-
-
-def products(
-    z: Float[Tensor, "tokens d"],
-    weight: Float[Tensor, "features d"],
-    indices: Int[Tensor, "tokens k"],
-) -> Float[Tensor, "tokens k"]:
-    """<z_t, row of weight> in float32 for the rows that each token names.
-
-    >>> products(torch.tensor([[1.0, 3.0]]), torch.eye(2), torch.tensor([[1]])).tolist()
-    [[3.0]]
-    """
-    found = z.new_empty(indices.shape)
-    for part, rows in _rows(weight, indices):
-        if len(rows) == 1:  # faster than a batch of one
-            torch.mv(rows[0], z[part.start], out=found[part.start])
-        else:
-            torch.bmm(rows, z[part, :, None], out=found[part, :, None])
-    return found
-
-
-def combine(
-    values: Float[Tensor, "tokens k"],
-    weight: Float[Tensor, "features d"],
-    indices: Int[Tensor, "tokens k"],
-) -> Float[Tensor, "tokens d"]:
-    """Sums of the rows that each token names, weighted by its values, in float32.
-
-    >>> combine(torch.tensor([[2.0]]), torch.eye(2), torch.tensor([[1]])).tolist()
-    [[0.0, 2.0]]
-    """
-    found = values.new_zeros(len(values), weight.shape[1])
-    places = torch.arange(indices.numel(), device=indices.device).view(indices.shape)
-    for part, rows in _rows(weight, indices) if indices.numel() else ():
-        # all rows in their order: a third of the time of a product with one row on the left
-        found[part] = functional.embedding_bag(
-            places[: len(rows)],
-            rows.flatten(0, 1),
-            per_sample_weights=values[part],
-            mode="sum",
-        )
-    return found
-
-
-def _rows(weight: Tensor, indices: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """(tokens, the rows they name [tokens, k, d] in float32), each time in the same buffer: taking
-    new memory for them would cost more than the products."""
-    width, size = indices.shape[1], weight.shape[1]
-    fitting = BUFFER_BYTES[weight.device.type] // (4 * max(1, width) * size)
-    step = max(1, min(len(indices), fitting))
-    narrow = weight.new_empty(step * width, size)
-    wide = torch.empty(narrow.shape, dtype=torch.float32, device=weight.device)
-    for start in range(0, len(indices), step):
-        wanted = indices[start : start + step]
-        torch.index_select(weight, 0, wanted.flatten(), out=narrow[: wanted.numel()])
-        rows = wide[: wanted.numel()].copy_(narrow[: wanted.numel()])
-        yield slice(start, start + step), rows.view(*wanted.shape, size)
 
 
 def _block(z: Tensor, weight: Tensor) -> Tensor:

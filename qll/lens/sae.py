@@ -25,6 +25,7 @@ from qll.errors import ShapeError, UsageError
 from qll.lens import coarse
 from qll.lens.activations import collector, padded
 from qll.lens.codes import SparseCodes, concatenate
+from qll.lens.rows import combine, products_with
 from qll.load.sae import open_sae
 from qll.load.sae_file import SAESpec, StoredSAE
 
@@ -137,6 +138,30 @@ class SAE:
         rows = rows if scale is None else rows * scale[wanted][:, None]
         return rows if matrix is None else rows @ matrix
 
+    def projections(
+        self, features: Int[Tensor, "tokens k"], several: list[Float[Tensor, "tokens d_out"]]
+    ) -> list[Float[Tensor, "tokens k"]]:
+        """<direction of feature, x_t> of the features that each token names, for several x."""
+        vectors, decoder = self.stored.vectors, self.stored.decoder
+        features = features.to(self.device)
+        several = [x.to(self.device, torch.float32) for x in several]
+        if "inverse_matrix" in vectors:  # <row M, x> = <row, M x>
+            several = [x @ vectors["inverse_matrix"].T for x in several]
+        if isinstance(decoder.data, Tensor) and not decoder.transposed:
+            found = products_with(several, decoder.data, features)
+        else:
+            tokens = max(1, BLOCK_BYTES // (4 * features.shape[1] * self.spec.d_out))
+            chunks = zip(features.split(tokens), *[x.split(tokens) for x in several], strict=True)
+            parts = [self._fetched_products(wanted, xs) for wanted, *xs in chunks]
+            found = [torch.cat(dots) for dots in zip(*parts, strict=True)]
+        scale = vectors.get("scale_dec")
+        return found if scale is None else [dots * scale[features] for dots in found]
+
+    def _fetched_products(self, features: Tensor, several: list[Tensor]) -> list[Tensor]:
+        """The same for few tokens: the rows they need are brought to float32 first."""
+        needed, places = torch.unique(features, return_inverse=True)
+        return products_with(several, self.stored.decoder.rows(needed).to(self.device), places)
+
     @cached_property
     def direction_squares(self) -> Float64[Tensor, " d_sae"]:
         """Squared norm of every direction, on the CPU; computed once."""
@@ -165,7 +190,7 @@ class SAE:
                 codes.indices, weight, per_sample_weights=values, mode="sum"
             ).float()
         if isinstance(weight, Tensor) and not self.stored.decoder.transposed:
-            return coarse.combine(values, weight, codes.indices)
+            return combine(values, weight, codes.indices)
         width = max(1, codes.values.shape[1])
         tokens = max(1, BLOCK_BYTES // (4 * width * self.spec.d_out))
         parts = zip(values.split(tokens), codes.indices.split(tokens), strict=True)

@@ -33,7 +33,6 @@ KEPT, BLURRED = 0.9, 0.5
 # a firing is firm if it exceeds the weakest on its token by this share
 MARGIN = 0.1
 CDF_POINTS = 101
-DIRECTION_BYTES = 32 << 20  # of directions in float32 at a time
 CLASSES = ("kept", "blurred", "lost", "silenced")
 SUMS = ("a", "b", "aa", "bb", "ab", "aa_both", "written", "written_after")
 COUNTS = ("fires", "fires_after", "both", "firm_both", "firm_any")
@@ -222,17 +221,11 @@ class Survival:
 
     def _add_directions(self, codes: SparseCodes, x: Tensor, x_after: Tensor) -> None:
         """sum a (x - b_dec).d, and with x_after: each direction is fetched once for both."""
-        both = torch.stack([x, x_after], dim=-1) - self.sae.stored.vectors["b_dec"].cpu()[:, None]
-        width = codes.values.shape[1]
-        step = max(1, DIRECTION_BYTES // (4 * width * self.sae.spec.d_out))
-        for start in range(0, len(codes), step):
-            part = codes[start : start + step]
-            needed, places = torch.unique(part.indices, return_inverse=True)
-            rows = self.sae.directions(needed).cpu()[places]
-            dots = (rows @ both[start : start + step]) * part.values[..., None]
-            for number, name in enumerate(("written", "written_after")):
-                found = dots[..., number].double().flatten()
-                self.sums[name].index_add_(0, part.indices.flatten(), found)
+        middle = self.sae.stored.vectors["b_dec"].cpu()
+        found = self.sae.projections(codes.indices, [x - middle, x_after - middle])
+        for name, dots in zip(("written", "written_after"), found, strict=True):
+            written = (dots.cpu() * codes.values).double().flatten()
+            self.sums[name].index_add_(0, codes.indices.flatten(), written)
 
     def _per_token(self, name: str) -> float:
         only = self.counts[name].sum() - self.counts["both"].sum()

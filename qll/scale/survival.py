@@ -19,10 +19,10 @@ from qll.scale.work import Operation, seconds
 
 SUMS = 8  # per feature, float64
 ENCODED, COMPARED, FITTED = 6, 4, 4
-# bytes moved: per latent and token by finding the k largest, per number of a direction that is
-# fetched (gathered twice, read once), per number of one that is decoded, and of a candidate's row
-# (gathered, widened, multiplied), of which there are SPARE times k
-TOPK_BYTES, FETCH_BYTES, DECODE_BYTES, ROW_BYTES = 8, 20, 12, 12
+# bytes moved: per latent and token by finding the k largest; per number of a row that is gathered
+# (read and written in bfloat16), widened, and read by one product: the row of a candidate, of which
+# there are SPARE times k, or of a feature that is decoded; a comparison reads its rows twice
+TOPK_BYTES, ROW_BYTES, COMPARED_BYTES = 8, 14, 18
 SPARE = 1.25
 FLOAT32 = 4
 
@@ -56,7 +56,7 @@ def predict_survival(shape: Shape, machine: Machine, saes: Autoencoders) -> dict
     widen = numbers * (saes.itemsize + 2 * FLOAT32)
     largest = ENCODED * TOPK_BYTES * saes.tokens * latents
     fires = saes.tokens * saes.k * shape.d_model
-    each_row = ENCODED * SPARE * ROW_BYTES + COMPARED * FETCH_BYTES + FITTED * DECODE_BYTES
+    each_row = (ENCODED * SPARE + FITTED) * ROW_BYTES + COMPARED * COMPARED_BYTES
     moved = widen + largest + fires * each_row
     move = Operation("bytes", float(moved))
     if machine.gpu_flops:

@@ -86,25 +86,6 @@ def test_an_autoencoder_encodes_the_same_with_and_without(signed, monkeypatch):
     assert torch.equal(found.indices, wanted.indices)
 
 
-def test_sums_of_rows_do_not_depend_on_the_buffer(monkeypatch):
-    weight, indices = weights(50, 16, 3), torch.randint(50, (11, 5))
-    values = torch.randn(11, 5)
-    wanted = torch.einsum("tk,tkd->td", values, weight.float()[indices])
-    for size in (1, 700, 1 << 20):
-        monkeypatch.setitem(coarse.BUFFER_BYTES, "cpu", size)
-        made = coarse.combine(values, weight, indices)
-        torch.testing.assert_close(made, wanted, atol=1e-6, rtol=1e-5)
-
-
-def test_no_tokens_and_no_features_are_nothing():
-    weight = weights(5, 4, 0)
-    assert (
-        coarse.combine(torch.ones(3, 0), weight, torch.ones(3, 0).long()).tolist() == [[0] * 4] * 3
-    )
-    assert coarse.combine(torch.ones(0, 2), weight, torch.ones(0, 2).long()).shape == (0, 4)
-    assert coarse.products(torch.ones(0, 4), weight, torch.ones(0, 2).long()).shape == (0, 2)
-
-
 def test_full_precision_weights_are_never_looked_at_coarsely(monkeypatch):
     monkeypatch.setattr(coarse, "choose_precision", lambda wanted, device: torch.bfloat16)
     assert coarse.is_fast(autoencoder(weights(8, 4, 0), 2).stored, torch.device("cpu"))
