@@ -72,6 +72,8 @@ def row(
     settings |= {"peers": str(arguments.peers) if arguments.peers else None}
     threads = str(arguments.threads)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": threads}
+    # with Triton installed eai-sparsify would look for a GPU
+    environment |= {"SPARSIFY_DISABLE_TRITON": "1"}
     command = [sys.executable, "-m", "benchmarks.sae_rows", name, str(cache), json.dumps(settings)]
     done = subprocess.run(
         command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False

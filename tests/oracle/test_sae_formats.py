@@ -99,8 +99,9 @@ def test_saelens_round_trip(name, tmp_path):
     require_same(again, name)
 
 
-def test_written_files_open_in_the_packages_themselves(tmp_path):
+def test_written_files_open_in_the_packages_themselves(tmp_path, monkeypatch):
     """Needs eai-sparsify and sae-lens beside us; the round trips above do not."""
+    monkeypatch.setenv("SPARSIFY_DISABLE_TRITON", "1")  # it would ask for a GPU
     sparsify = pytest.importorskip("sparsify", exc_type=ImportError)
     sae_lens = pytest.importorskip("sae_lens", exc_type=ImportError)
     x = ANSWERS["x"]
