@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable
 from typing import Any
 
 from benchmarks.quality_cells import (
     ABLATION_BASE,
     ABLATION_KEEP,
+    ABLATION_OURS,
     ABLATIONS,
     KEEPS,
+    OURS,
     SEEDS,
     Cell,
     all_cells,
@@ -176,21 +179,34 @@ def bits_table(rows: dict[str, Any], texts: list[str]) -> str:
 def ablation_words() -> str:
     """What the rows of the ablation table are."""
     return (
-        f"`main.py --keep {ABLATION_KEEP:g} {' '.join(ABLATION_BASE)}`, each row with one thing "
-        "changed."
+        f"`main.py --keep {ABLATION_KEEP:g} {' '.join(ABLATION_BASE)}` "
+        "(closed forms, no training), "
+        "each row with one thing changed: the effort, which adds training, or one flag."
     )
 
 
 def ablation_table(rows: dict[str, Any], texts: list[str]) -> str:
-    """One row for what is taken away."""
+    """One row for what is added or taken away."""
+    changes = {method: OURS[method] for method in ABLATION_OURS} | ABLATIONS
     lines = [
         [
-            "nothing" if not flags else f"`{' '.join(flags)}`",
+            f"`{shlex.join(changed_flags(flags))}`" if changed_flags(flags) else "nothing",
             *(averaged(rows, method, ABLATION_KEEP, text) for text in texts),
         ]
-        for method, flags in ABLATIONS.items()
+        for method, flags in changes.items()
     ]
     return table(["changed", *texts], lines)
+
+
+def changed_flags(flags: tuple[str, ...]) -> list[str]:
+    """The words of `flags` that the base of the ablation does not have.
+
+    >>> changed_flags(("--effort", "fast", "--singles", "panels"))
+    ['--singles', 'panels']
+    """
+    base = set(zip(ABLATION_BASE[::2], ABLATION_BASE[1::2], strict=True))
+    pairs = zip(flags[::2], flags[1::2], strict=True)
+    return [word for pair in pairs if pair not in base for word in pair]
 
 
 def headline_table(candidates: list[dict[str, Any]]) -> str:

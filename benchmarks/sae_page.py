@@ -13,7 +13,7 @@ from benchmarks.features import row_names
 EMBEDDED = Path(__file__).parents[1] / "qll" / "saes" / "smollm2-135m"
 LABELS = {
     "qll": "**QLL**",
-    "qll_bfloat16": "**QLL**, `precision=\"bfloat16\"`",
+    "qll_bfloat16": '**QLL**, `precision="bfloat16"`',
     "sparsify": "eai-sparsify",
     "sparsify_adam": "eai-sparsify with Adam",
     "sae_lens": "sae-lens",
@@ -43,8 +43,9 @@ def section(result: dict[str, Any]) -> str:
         f"Encoding and decoding {coding['tokens']:,} random tokens with {coding['d_sae']:,} random "
         f"features of width {coding['d_in']:,} in bfloat16, k = {coding['k']}. Targets: no slower "
         "than the faster package, at most 60 % of its peak memory. The other packages compute in "
-        "bfloat16, as these weights are stored; ours computes the chosen features in float32 unless "
-        "bfloat16 is asked for. Error: of the reconstruction, against float64, over its norm.",
+        "bfloat16, as these weights are stored; ours computes the chosen features in float32 "
+        "unless bfloat16 is asked for. Error: of the reconstruction, against float64, over its "
+        "norm.",
         "",
         *table(of_kind(result["rows"], "coding"), ("rounds", "error"), coding_cells),
     ]

@@ -3,9 +3,9 @@
     z = x - b_dec     h = W_enc z + b_enc     f = activation(h)     y = sum_i f_i W_dec_i + b_dec
 
 Arithmetic is float32 whatever the weights are stored in (bfloat16 may choose which features are
-computed: `qll.lens.coarse`), unless bfloat16 is asked for. Encoding walks over blocks of features and keeps a running top-k, so
-that no [tokens, d_sae] array exists; decoding gathers the k rows a token needs. Formulas and their
-variants: `qll.load.sae_file` and the readers of each format.
+computed: `qll.lens.coarse`), unless bfloat16 is asked for. Encoding walks over blocks of features
+and keeps a running top-k, so that no [tokens, d_sae] array exists; decoding gathers the k rows a
+token needs. Formulas and their variants: `qll.load.sae_file` and the readers of each format.
 """
 
 from __future__ import annotations
