@@ -125,12 +125,15 @@ def product_row(cell: Cell, texts: Texts) -> dict[str, Any]:
     """main.py as a process, the folder it saved scored after a reload."""
     if texts.arguments.from_run is not None:
         return finished_row(cell, texts, texts.arguments.from_run)
-    texts.moments(cell.seed)
+    flags = dict(zip(cell.flags[::2], cell.flags[1::2], strict=True))
+    needs_gradients = flags.get("--metric", "kfac") == "kfac"
+    labels = flags.get("--labels", "sampled") if needs_gradients else "text"
+    moments = texts.moments(cell.seed, labels)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         words = product_words(cell, texts)
-        moments = ["--moments", str(texts.seed_folder(cell.seed) / "moments")]
-        process = [sys.executable, str(ROOT / "main.py"), *words, *moments, "--out", str(out)]
+        words += ["--moments", str(moments.folder), "--out", str(out)]
+        process = [sys.executable, str(ROOT / "main.py"), *words]
         subprocess.run(process, check=True, stdout=subprocess.DEVNULL)
         return finished_row(cell, texts, out)
 

@@ -82,6 +82,7 @@ ABLATION_OURS = ("ours_fast", "ours_balanced", "ours_best", "ours_fast_panels")
 ABLATIONS = {
     "ablation_metric_activation": ("--metric", "activation"),
     "ablation_metric_plain": ("--metric", "plain"),
+    "ablation_labels_text": ("--labels", "text"),
     "ablation_allocation_uniform": ("--allocation", "uniform"),
     "ablation_gauge_none": ("--gauge", "none"),
     "ablation_single_matrices": ("--format", "lowrank"),

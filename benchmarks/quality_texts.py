@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from qll import store
-from qll.calibrate import MomentStore, collect
+from qll.calibrate import Labels, MomentStore, collect
 from qll.evaluate import score
 from qll.load import (
     Source,
@@ -77,10 +77,11 @@ class Texts:
         tokens, context = self.arguments.calib_tokens, self.arguments.context
         return self.cache / f"{self.source.name}.{tokens}x{context}.seed{seed}"
 
-    def moments(self, seed: int) -> MomentStore:
-        """This seed's second moments with gradients."""
-        folder = self.seed_folder(seed) / "moments"
-        return collect(self.source, self.windows(seed), folder, gradients=True)
+    def moments(self, seed: int, labels: Labels = "text") -> MomentStore:
+        """This seed's second moments with gradients; peers take those of the text's own labels."""
+        folder = self.seed_folder(seed) / f"moments.{labels}"
+        windows = self.windows(seed)
+        return collect(self.source, windows, folder, gradients=True, labels=labels)
 
     def scores(self, model: PreTrainedModel) -> dict[str, dict[str, Any]]:
         """Perplexity of `model` beside the dense model's, per evaluation text."""

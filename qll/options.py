@@ -47,6 +47,9 @@ class ConvertOptions:
     with ranks of their own, refitted in --sweeps)."""
     metric: Literal["kfac", "activation", "plain"] = "kfac"
     """Norm in which weights are truncated: K-FAC (inputs and output gradients), inputs, or none."""
+    labels: Literal["sampled", "text"] = "sampled"
+    """Next tokens whose loss K-FAC takes gradients of: drawn from the model (true Fisher matrix)
+    or those of the text (empirical)."""
     feature_weight: float = 0.0
     """Weight of keeping every feature of --sae_dir apart, beside the loss, in the kfac metric."""
     allocation: Literal["global", "uniform"] = "global"

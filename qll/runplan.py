@@ -47,10 +47,11 @@ def calibrate(state: Run) -> MomentStore | None:
             state.source,
             windows,
             state.work / "moments",
-            gradients=config.convert.metric == "kfac",
+            gradients=convert.metric == "kfac",
             device=state.device,
             extra=feature_gradients(config, state.source, state.device),
             precision=calibration_precision(state),
+            labels=convert.labels,
         )
     if not config.texts.prior_tokens:
         return moments
@@ -118,6 +119,15 @@ def given_moments(config: MainConfig, source: Source) -> MomentStore:
             where=config.moments,
             expected="for kfac",
             hint="run `calibrate` with --metric kfac",
+        )
+    labels = moments.summary.get("labels", "text")
+    if config.convert.metric == "kfac" and labels != config.convert.labels:
+        raise UsageError(
+            "the moments hold gradients of other labels",
+            where=config.moments,
+            expected=f"--labels {config.convert.labels}",
+            found=labels,
+            hint=f"use --labels {labels}, or run `calibrate` again",
         )
     return moments
 

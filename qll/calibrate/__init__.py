@@ -3,7 +3,7 @@
 from qll.calibrate.capture import collect
 from qll.calibrate.journal import Journal
 from qll.calibrate.moments import LINEARS, LinearMoments, MomentStore
-from qll.calibrate.passes import ExtraGradients
+from qll.calibrate.passes import ExtraGradients, Labels
 from qll.calibrate.prior import prior_windows
 from qll.calibrate.streams import Streams
 
@@ -11,6 +11,7 @@ __all__ = [
     "LINEARS",
     "ExtraGradients",
     "Journal",
+    "Labels",
     "LinearMoments",
     "MomentStore",
     "Streams",

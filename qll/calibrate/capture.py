@@ -23,6 +23,7 @@ from qll.calibrate.journal import Journal
 from qll.calibrate.moments import HEAD_NAME, SUMMARY_NAME, MomentStore, block_name
 from qll.calibrate.passes import (
     ExtraGradients,
+    Labels,
     Run,
     backward_block,
     embed_windows,
@@ -47,16 +48,18 @@ def collect(
     device: str | torch.device = "cpu",
     extra: ExtraGradients | None = None,
     precision: torch.dtype = torch.float32,
+    labels: Labels = "sampled",
 ) -> MomentStore:
     """Second moments of all linear layers of `source` over `windows`, written to `folder`.
 
     With `gradients`, also those of dLoss/dOutput, where the loss is the cross-entropy of every
     next token summed over all windows (so that the scale per token does not depend on how many
-    there are); see `probe` for how single gradients are trimmed and clipped. `extra` adds gradients
-    of something else to it, at the outputs of some blocks. Blocks multiply in `precision`; sums are
-    float32 products added in float64 in any case. Activations between blocks take windows x context
-    x d_model x 4 bytes, times n_layers + 3 with gradients; they are in memory up to 2 GB and, in
-    `precision`, in files of `folder` above that.
+    there are). labels: whether that token is drawn from the model, which gives the curvature of the
+    KL divergence from it, or is the text's; see `probe` for how single gradients are trimmed and
+    clipped. `extra` adds gradients of something else to it, at the outputs of some blocks. Blocks
+    multiply in `precision`; sums are float32 products added in float64 in any case. Activations
+    between blocks take windows x context x d_model x 4 bytes, times n_layers + 3 with gradients;
+    they are in memory up to 2 GB and, in `precision`, in files of `folder` above that.
 
     Resumes a killed run of the same job and returns at once when it is finished. Raises TextError
     for windows of one token, ForeignRunError when `folder` holds another job, NonFiniteError
@@ -81,7 +84,7 @@ def collect(
             expected="[windows, context >= 2]",
             found=list(windows.shape),
         )
-    journal = Journal(folder, _job(source, windows, gradients, extra, precision))
+    journal = Journal(folder, _job(source, windows, gradients, extra, precision, labels))
     if (folder / SUMMARY_NAME).is_file() and journal.intact:
         store.remove(folder / STREAMS_NAME)
         return MomentStore(folder)
@@ -96,7 +99,7 @@ def collect(
         _passes(
             Run(
                 *(source, windows, journal, gradients, torch.device(device)),
-                *(streams, progress, extra, precision),
+                *(streams, progress, extra, precision, labels),
             )
         )
     store.write_json(folder / SUMMARY_NAME, _summary(journal))
@@ -142,9 +145,12 @@ def _job(
     gradients: bool,
     extra: ExtraGradients | None,
     precision: torch.dtype,
+    labels: Labels,
 ) -> dict[str, Any]:
     """What must be the same for a run to continue another."""
     job = {} if extra is None else {"extra": dict(extra.facts)}
+    if gradients:
+        job["labels"] = labels
     if precision != torch.float32:
         job["precision"] = str(precision).removeprefix("torch.")
     return job | {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -26,6 +26,7 @@ from qll.errors import NonFiniteError
 from qll.load import Source, expect_block
 from qll.model.blocks import build_block, embed, final_norm, head_matrix, run_block
 
+Labels = Literal["sampled", "text"]
 # Bytes of logits, or of embedded windows, that are held at a time.
 CHUNK_BYTES = 128 << 20
 
@@ -56,6 +57,7 @@ class Run:
     progress: tqdm
     extra: ExtraGradients | None = None
     precision: torch.dtype = torch.float32
+    labels: Labels = "sampled"
 
     @property
     def n_layers(self) -> int:
@@ -152,7 +154,9 @@ def leave_head(run: Run) -> None:
         gram.add(normed[0])
         if gradient is not None:
             targets = run.windows[number, 1:].to(run.device).long()
-            loss, slope = loss_gradient(normed[0].detach(), weight, targets)
+            loss, slope = loss_gradient(
+                normed[0].detach(), weight, targets, _draws(run, number, len(targets))
+            )
             gradient[number] = torch.autograd.grad(normed, state, slope[None])[0][0].cpu()
             nll += loss
     if not known:
@@ -213,9 +217,15 @@ def loss_gradient(
     normed: Float[Tensor, "context d_model"],
     weight: Float[Tensor, "vocab d_model"],
     targets: Int[Tensor, " scored"],
+    draws: Float[Tensor, " scored"] | None = None,
 ) -> tuple[float, Float[Tensor, "context d_model"]]:
     """Summed cross-entropy in nats of `targets`, the tokens that follow the first scored states,
     and its gradient (softmax - one-hot) weight; logits exist for a few positions at a time.
+
+    draws: numbers in [0, 1), by which tokens are drawn from the model itself; the gradient is then
+    of their loss, whose second moment is the Fisher matrix and so the curvature of the KL
+    divergence from the model (Martens, "New insights and perspectives on the natural gradient
+    method", section 5; with the text's own tokens it is the empirical Fisher, section 11).
 
     >>> loss, gradient = loss_gradient(torch.zeros(2, 3), torch.eye(4, 3), torch.tensor([1]))
     >>> round(loss, 4), gradient.tolist()
@@ -229,9 +239,20 @@ def loss_gradient(
         log_sums = logits.logsumexp(-1, keepdim=True)
         total += float((log_sums - logits.gather(-1, wanted)).cpu().double().sum())
         slopes = logits.sub_(log_sums).exp_()
+        if draws is not None:
+            sums = slopes.cumsum(-1)
+            heights = draws[start : start + len(wanted), None] * sums[:, -1:]
+            wanted = torch.searchsorted(sums, heights, right=True).clamp_(max=len(weight) - 1)
         slopes.scatter_add_(-1, wanted, -torch.ones_like(wanted, dtype=slopes.dtype))
         gradient[start : start + len(wanted)] = slopes @ weight
     return total, gradient
+
+
+def _draws(run: Run, number: int, count: int) -> Tensor | None:
+    """The numbers by which labels of a window are drawn: the same on every device and resume."""
+    if run.labels == "text":
+        return None
+    return torch.rand(count, generator=torch.Generator().manual_seed(number)).to(run.device)
 
 
 def _influence(before: Tensor, after: Tensor) -> float:

@@ -3,8 +3,8 @@
 The error of W~ is ||L_out^T (W - W~) L_in||_F. Plain: both factors are the identity. Activation:
 L_in L_in^T = mean x x^T, so the error is that of the layer's output on the calibration text
 (SVD-LLM). K-FAC: also L_out L_out^T = mean g g^T with g = dLoss/dOutput, so half the squared error
-estimates the rise of the loss in nats per token (Martens and Grosse 2015; as used for truncation
-by KFAC-SVD, compression.md 2A).
+estimates the KL divergence from the dense model in nats per token, if the loss is that of labels
+drawn from it (Martens and Grosse 2015; used for truncation, with the text's labels, by KFAC-SVD).
 """
 
 from __future__ import annotations

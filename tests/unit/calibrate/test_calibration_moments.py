@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from qll.calibrate import LINEARS, collect
+from qll.calibrate.passes import loss_gradient
 from qll.errors import UsageError
 from qll.load import open_source
 
@@ -38,7 +39,7 @@ def source(tiny_hf_folder):
 class Reference:
     """Inputs and output gradients of every linear, from the whole model in float64."""
 
-    def __init__(self, model, windows):
+    def __init__(self, model, windows, labels="text"):
         self.model = copy.deepcopy(model).double()
         self.inputs, self.outputs, hooks = {}, {}, []
         for name, module in self.model.named_modules():
@@ -46,9 +47,8 @@ class Reference:
                 hooks.append(module.register_forward_hook(self._keep(name)))
         self.result = self.model(windows, output_hidden_states=True)
         scored = self.result.logits[:, :-1].flatten(0, 1)
-        self.loss = torch.nn.functional.cross_entropy(
-            scored, windows[:, 1:].flatten(), reduction="sum"
-        )
+        wanted = windows[:, 1:].flatten() if labels == "text" else drawn(scored.softmax(-1))
+        self.loss = torch.nn.functional.cross_entropy(scored, wanted, reduction="sum")
         self.loss.backward()
 
     def _keep(self, name):
@@ -74,6 +74,13 @@ class Reference:
         return total
 
 
+def drawn(probabilities):
+    """A label for every state but the last of each window, by the inverse of the distribution."""
+    hands = [torch.Generator().manual_seed(number) for number in range(WINDOWS)]
+    heights = torch.cat([torch.rand(CONTEXT - 1, generator=hand) for hand in hands]).double()
+    return (probabilities.cumsum(-1) <= heights[:, None]).sum(-1)
+
+
 @pytest.fixture(scope="module")
 def reference(tiny_llama, windows):
     return Reference(tiny_llama, windows)
@@ -87,7 +94,7 @@ def assert_close(found, expected):
 @pytest.mark.parametrize("clip", [(0.1, 10.0), (0.9, 1.1)])
 def test_moments_equal_full_autograd(source, windows, reference, tmp_path, monkeypatch, clip):
     monkeypatch.setattr("qll.calibrate.probe.CLIP", clip)
-    moments = collect(source, windows, tmp_path, gradients=True)
+    moments = collect(source, windows, tmp_path, gradients=True, labels="text")
     for index in range(2):
         block = moments.block(index)
         assert set(block) == {f"model.layers.{index}.{linear}" for linear in LINEARS}
@@ -101,6 +108,31 @@ def test_moments_equal_full_autograd(source, windows, reference, tmp_path, monke
     assert moments.head().grad is None
     mean_loss = reference.loss.item() / (WINDOWS * (CONTEXT - 1))
     assert moments.summary["nll"] == pytest.approx(mean_loss, rel=1e-6)
+
+
+def test_labels_drawn_from_the_model(source, windows, tiny_llama, reference, tmp_path):
+    wanted = Reference(tiny_llama, windows, "sampled")
+    moments = collect(source, windows, tmp_path, gradients=True)
+    for name, linear in moments.block(0).items():
+        assert_close(linear.input, reference.moment(name))
+        assert_close(linear.grad, wanted.grad_moment(name, 0.1, 10.0))
+        other = reference.grad_moment(name, 0.1, 10.0)
+        assert float((linear.grad - other).norm() / other.norm()) > 0.01
+    assert moments.summary["labels"] == "sampled"
+    mean_loss = reference.loss.item() / (WINDOWS * (CONTEXT - 1))
+    assert moments.summary["nll"] == pytest.approx(mean_loss, rel=1e-6)
+
+
+def test_gradients_of_drawn_labels_have_the_fisher_matrix_as_second_moment():
+    hand = torch.Generator().manual_seed(0)
+    weight, state = torch.randn(7, 3, generator=hand), torch.randn(1, 3, generator=hand)
+    p = (state @ weight.T).softmax(-1)[0]
+    fisher = weight.T @ (p.diag() - torch.outer(p, p)) @ weight
+    draws = (torch.arange(4000) + 0.5) / 4000
+    states = state.expand(4001, 3)
+    gradients = loss_gradient(states, weight, torch.zeros(4000, dtype=torch.int64), draws)[1][:-1]
+    torch.testing.assert_close(gradients.mean(0), torch.zeros(3), atol=2e-3, rtol=0)
+    torch.testing.assert_close(gradients.T @ gradients / 4000, fisher, atol=5e-3, rtol=5e-3)
 
 
 def test_clipping_matters_in_the_comparison_above(reference):
@@ -139,8 +171,9 @@ def test_layers_with_one_input_share_one_moment(source, windows, tmp_path):
 
 def test_moments_do_not_depend_on_how_windows_are_batched(source, windows, tmp_path):
     """Twice the same window: input moments double, gradient moments too (the loss is a sum)."""
-    once = collect(source, windows[:1], tmp_path / "once", gradients=True).block(0)
-    twice = collect(source, windows[[0, 0]], tmp_path / "twice", gradients=True).block(0)
+    settings = {"gradients": True, "labels": "text"}
+    once = collect(source, windows[:1], tmp_path / "once", **settings).block(0)
+    twice = collect(source, windows[[0, 0]], tmp_path / "twice", **settings).block(0)
     for name, linear in once.items():
         torch.testing.assert_close(twice[name].input, 2 * linear.input, rtol=1e-6, atol=1e-9)
         torch.testing.assert_close(twice[name].grad, 2 * linear.grad, rtol=1e-6, atol=1e-9)
