@@ -53,12 +53,12 @@ def test_streams_on_disk_give_the_moments_of_streams_in_memory(
 ):
     source = ReadAhead(open_source(standin))
     windows = torch.randint(0, 128000, (3, 64), generator=torch.Generator().manual_seed(0))
-    held = collect(source, windows, tmp_path / "memory", gradients=gradients)
+    # labels drawn from the model would be others where it was rounded
+    settings = {"gradients": gradients, "labels": "text"}
+    held = collect(source, windows, tmp_path / "memory", **settings)
     monkeypatch.setattr(streams, "MEMORY_LIMIT", 0)
-    mapped = collect(source, windows, tmp_path / "disk", gradients=gradients)
-    narrow = collect(
-        source, windows, tmp_path / "narrow", gradients=gradients, precision=torch.bfloat16
-    )
+    mapped = collect(source, windows, tmp_path / "disk", **settings)
+    narrow = collect(source, windows, tmp_path / "narrow", precision=torch.bfloat16, **settings)
     for block in range(2):
         for name, moment in held.block(block).items():
             for kind in ("input", "grad") if gradients else ("input",):
