@@ -104,13 +104,16 @@ def row_of(report: dict[str, Any], weight: float) -> dict[str, Any]:
     >>> layer = {"hookpoint": "layers.9", "survival": survival, "causal": {"kept_share": 0.4},
     ...          "controls": {"floor": survival}}
     >>> text = {"dense": {"ppl": 10.0}, "converted": {"ppl": 15.0}}
+    >>> settings = {"convert": {"labels": "sampled"}}
     >>> row = row_of({"compression": {"keep": 0.8, "params_ratio": 0.84},
+    ...               "provenance": {"settings": settings},
     ...               "quality": {"texts": {"t": text}}, "sae": {"layers": {"9": layer}}}, 1.0)
     >>> row["ppl_ratio"], row["features"]["layers.9"]["kept"]
     ({'t': 1.5}, 0.5)
     """
     return {
         "feature_weight": weight,
+        "labels": report["provenance"]["settings"]["convert"]["labels"],
         "keep": report["compression"]["keep"],
         "params_ratio": report["compression"]["params_ratio"],
         "ppl_ratio": {

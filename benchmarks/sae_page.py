@@ -168,7 +168,8 @@ def features(result: dict[str, Any]) -> str:
     machine = result["machine"]
     lines = [
         "## Keeping features on purpose",
-        f"`--feature_weight W` at equal stored parameters, `--effort fast`: "
+        f"`--feature_weight W` at equal stored parameters, `--effort fast --labels "
+        f"{'/'.join(sorted({row['labels'] for row in rows}))}`: "
         f"{result['calib_tokens']:,} calibration tokens of `{result['calib']['name']}`, survival "
         f"on {result['eval_tokens']:,} of `{result['eval']['name']}`, embedded autoencoders. "
         "Kept is the unweighted share of measured features whose activations correlate by at least "

@@ -47,6 +47,7 @@ def test_a_row_of_the_features_benchmark_is_on_the_page():
         "controls": {"floor": {"kept_share": {"unweighted": 0.999}}},
     }
     report = {
+        "provenance": {"settings": {"convert": {"labels": "sampled"}}},
         "compression": {"keep": 0.8, "params_ratio": 0.84},
         "quality": {"texts": {"wiki": {"dense": {"ppl": 10.0}, "converted": {"ppl": 15.0}}}},
         "sae": {"layers": {"9": layer}},
