@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--llama_dir", type=Path, help="checkpoint; default: the embedded one")
     parser.add_argument("--calib", type=Path, required=True)
     parser.add_argument("--eval", type=Path, required=True)
+    parser.add_argument("--labels", default="sampled", help="as main.py takes it; or text")
     parser.add_argument("--only", help="one row, for instance keep0.8_weight1")
     arguments = parser.parse_args()
     results = json.loads(RESULT.read_text()) if RESULT.exists() else {"rows": {}}
@@ -136,6 +137,7 @@ def row_of(report: dict[str, Any], weight: float) -> dict[str, Any]:
 def qll(verb: str, arguments: argparse.Namespace, weight: float, out: Path, *more: object) -> None:
     """`main.py VERB` with the texts and autoencoders of this benchmark."""
     words = [verb, "--sae_dir", arguments.sae_dir, "--feature_weight", weight, "--out", out]
+    words += ["--labels", arguments.labels]
     words += ["--calib_text", arguments.calib, "--calib_tokens", CALIB_TOKENS]
     words += ["--eval_text", arguments.eval, "--eval_tokens", EVAL_TOKENS, *more]
     if arguments.llama_dir is not None:
