@@ -142,13 +142,13 @@ class SAE:
         self, features: Int[Tensor, "tokens k"], several: list[Float[Tensor, "tokens d_out"]]
     ) -> list[Float[Tensor, "tokens k"]]:
         """<direction of feature, x_t> of the features that each token names, for several x."""
-        vectors, decoder = self.stored.vectors, self.stored.decoder
+        vectors, weight = self.stored.vectors, self._decoder_rows
         features = features.to(self.device)
         several = [x.to(self.device, torch.float32) for x in several]
         if "inverse_matrix" in vectors:  # <row M, x> = <row, M x>
             several = [x @ vectors["inverse_matrix"].T for x in several]
-        if isinstance(decoder.data, Tensor) and not decoder.transposed:
-            found = products_with(several, decoder.data, features)
+        if weight is not None:
+            found = products_with(several, weight, features)
         else:
             tokens = max(1, BLOCK_BYTES // (4 * features.shape[1] * self.spec.d_out))
             chunks = zip(features.split(tokens), *[x.split(tokens) for x in several], strict=True)
@@ -183,18 +183,24 @@ class SAE:
         values, scale = codes.values, self.stored.vectors.get("scale_dec")
         if scale is not None:
             values = values * scale[codes.indices]
-        weight = self.stored.decoder.data
-        if isinstance(weight, Tensor) and weight.dtype == self.precision:
+        weight = self._decoder_rows
+        if weight is not None and weight.dtype == self.precision:
             values = values.to(weight.dtype)
             return functional.embedding_bag(
                 codes.indices, weight, per_sample_weights=values, mode="sum"
             ).float()
-        if isinstance(weight, Tensor) and not self.stored.decoder.transposed:
+        if weight is not None:
             return combine(values, weight, codes.indices)
         width = max(1, codes.values.shape[1])
         tokens = max(1, BLOCK_BYTES // (4 * width * self.spec.d_out))
         parts = zip(values.split(tokens), codes.indices.split(tokens), strict=True)
         return torch.cat([self._gathered_sum(*part) for part in parts])
+
+    @property
+    def _decoder_rows(self) -> Tensor | None:
+        """W_dec as it is stored, if it is in memory with a row for every feature."""
+        decoder = self.stored.decoder
+        return decoder.data if isinstance(decoder.data, Tensor) and not decoder.transposed else None
 
     def _gathered_sum(self, values: Tensor, indices: Tensor) -> Tensor:
         """The same for few tokens: the rows they need are brought to float32 first."""

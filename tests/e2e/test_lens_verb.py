@@ -136,6 +136,9 @@ def test_keeping_features_changes_the_plan_only_where_it_is_asked(
     assert (plain / "plan.json").read_bytes() != (steered / "plan.json").read_bytes()
     plan("mixed", *common, "--moments", moments, code=2)
     assert "another weight of features" in capsys.readouterr().err
+    given = ("--feature_weight", "4", "--moments", moments)
+    plan("labels", *common, *given, "--labels", "text", code=2)
+    assert "use --labels sampled" in capsys.readouterr().err
     for words in (("--feature_weight", "4"), (*common, "--feature_weight", "-1"),
                   (*common, "--feature_weight", "1", "--metric", "activation")):  # fmt: skip
         plan("wrong", *words, code=2)

@@ -53,18 +53,20 @@ def test_streams_on_disk_give_the_moments_of_streams_in_memory(
 ):
     source = ReadAhead(open_source(standin))
     windows = torch.randint(0, 128000, (3, 64), generator=torch.Generator().manual_seed(0))
-    # labels drawn from the model would be others where it was rounded
-    settings = {"gradients": gradients, "labels": "text"}
-    held = collect(source, windows, tmp_path / "memory", **settings)
+    held = collect(source, windows, tmp_path / "memory", gradients=gradients)
+    # where a model is rounded other labels are drawn from it: those of the text are the same
+    same = {"gradients": gradients, "labels": "text"}
+    wide = collect(source, windows, tmp_path / "wide", **same)
     monkeypatch.setattr(streams, "MEMORY_LIMIT", 0)
-    mapped = collect(source, windows, tmp_path / "disk", **settings)
-    narrow = collect(source, windows, tmp_path / "narrow", precision=torch.bfloat16, **settings)
+    mapped = collect(source, windows, tmp_path / "disk", gradients=gradients)
+    narrow = collect(source, windows, tmp_path / "narrow", precision=torch.bfloat16, **same)
     for block in range(2):
         for name, moment in held.block(block).items():
             for kind in ("input", "grad") if gradients else ("input",):
                 expected = getattr(moment, kind)
                 found = getattr(mapped.block(block)[name], kind)
                 assert torch.allclose(found, expected, rtol=1e-4, atol=1e-6 * expected.abs().max())
+                expected = getattr(wide.block(block)[name], kind)
                 rounded = getattr(narrow.block(block)[name], kind)
                 # products in bfloat16 on 192 tokens
                 assert (rounded - expected).norm() < 0.1 * expected.norm()

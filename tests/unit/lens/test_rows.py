@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from qll.lens import rows
+from qll.lens.codes import SparseCodes
 from qll.lens.sae import SAE
 from qll.load.sae_file import LatentMatrix, SAESpec, StoredSAE
 
@@ -41,7 +42,7 @@ def test_no_tokens_and_no_features_are_nothing():
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("extra", ["none", "scale", "whitening"])
-def test_projections_are_products_with_directions(transposed, extra, monkeypatch):
+def test_projections_and_sums_are_those_of_directions(transposed, extra, monkeypatch):
     monkeypatch.setattr("qll.lens.sae.BLOCK_BYTES", 600)  # several chunks
     weight = weights(12, 6, 1).float()
     vectors = {"b_enc": torch.zeros(12), "b_dec": torch.zeros(6)}
@@ -56,6 +57,11 @@ def test_projections_are_products_with_directions(transposed, extra, monkeypatch
     decoder = decoder if transposed else LatentMatrix(weight)
     sae = SAE(StoredSAE(spec, LatentMatrix(weight), decoder, vectors))
     features, x, y = torch.randint(12, (9, 3)), torch.randn(9, 6), torch.randn(9, 6)
+    codes = SparseCodes(torch.rand(9, 3), features)
+    pairs = zip(codes.values, codes.indices, strict=True)
+    wanted = torch.stack([values @ sae.directions(n) for values, n in pairs])
+    made = sae.weighted_sum(codes) @ vectors.get("inverse_matrix", torch.eye(6))
+    torch.testing.assert_close(made, wanted, atol=1e-5, rtol=1e-5)
     for z, found in zip((x, y), sae.projections(features, [x, y]), strict=True):
         wanted = [sae.directions(n) @ v for n, v in zip(features, z, strict=True)]
         torch.testing.assert_close(found, torch.stack(wanted), atol=1e-5, rtol=1e-5)
