@@ -92,6 +92,7 @@ def attempt(cell: Cell, texts: Texts) -> bool:
         **{key: getattr(cell, key) for key in ("method", "keep", "seed", "table")},
         **row,
         "git": commit(),
+        "threads": torch.get_num_threads(),
         "wall_seconds": round(time.monotonic() - started, 1),
     }
     update(arguments.result, {}, {cell.name: row})
