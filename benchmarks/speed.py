@@ -58,16 +58,21 @@ from qll.runtime.work import work_of
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "speed.json"
-# name -> share of the block linears, share of the embedding that is also the head
+# name -> share of the block linears, share of the embedding that is also the head, --singles
 MODELS = {
-    "keep_0.8": (0.8, 1.0),
-    "keep_0.6": (0.6, 1.0),
-    "keep_0.8_head": (0.8, 0.8),
-    "keep_0.6_head": (0.6, 0.6),
-    "keep_0.5": (0.5, 1.0),
-    "keep_0.3": (0.3, 1.0),
+    "keep_0.8": (0.8, 1.0, "lowrank"),
+    "keep_0.6": (0.6, 1.0, "lowrank"),
+    "keep_0.8_whole": (0.8, 1.0, "dense"),
+    "keep_0.6_whole": (0.6, 1.0, "dense"),
+    "keep_0.8_head": (0.8, 0.8, "lowrank"),
+    "keep_0.6_head": (0.6, 0.6, "lowrank"),
+    "keep_0.5": (0.5, 1.0, "lowrank"),
+    "keep_0.3": (0.3, 1.0, "lowrank"),
 }
-COMPARED = ("keep_0.8", "keep_0.6", "keep_0.8_head", "keep_0.6_head")
+COMPARED = (
+    *("keep_0.8", "keep_0.6", "keep_0.8_whole", "keep_0.6_whole"),
+    *("keep_0.8_head", "keep_0.6_head"),
+)
 DRAFTS = ("keep_0.8", "keep_0.5", "keep_0.3")
 CALIB_TOKENS = 4096
 BATCHES = (1, 2, 4, 8, 16, 32)
@@ -122,8 +127,9 @@ def converted(work: Path, name: str) -> Path:
         qll("calibrate", *calibration, "--out", work / "calibration")
     folder = work / name / "model"
     if not (folder / "qll_manifest.json").is_file():
-        keep, embeddings = MODELS[name]
+        keep, embeddings, singles = MODELS[name]
         words = ["--effort", "fast", "--keep", keep, "--keep_embeddings", embeddings]
+        words += ["--singles", singles]
         qll("convert", *words, *calibration, "--moments", moments, "--out", work / name)
     return folder
 

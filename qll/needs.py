@@ -20,7 +20,9 @@ from qll.train import free_bytes
 
 PROGRAM = 800 << 20  # Python, torch and transformers
 ROOM = 1 << 24  # JSON, tokenizer, page
-COPIES = 4  # of a matrix in float64 while it is factored: itself, its image, its error, its network
+# of a matrix in float64 while it is factored: itself, its image, its error, its network; or the
+# three of an MLP and what is made of one
+COPIES = 6
 
 
 def require_needs(state: Run, until: str) -> None:
@@ -91,7 +93,8 @@ def memory_bytes(state: Run, until: str) -> dict[str, int]:
     on_disk, streams = _streams(state)
     context = state.config.texts.context
     window = 4 * context * (6 * d_ff + 12 * d_model)
-    sums = 8 * moment_numbers(state) + 4 * moment_numbers(state)
+    # in float64, then packed as float32 one after another
+    sums = 8 * moment_numbers(state) + 4 * d_ff**2 // 2
     is_kfac = options.metric == "kfac"
     stages = {
         "calibrate": block * (2 * stored + width)
@@ -99,10 +102,7 @@ def memory_bytes(state: Run, until: str) -> dict[str, int]:
         + window * (3 if is_kfac else 1)
         + (0 if on_disk else streams),
     }
-    # the second moment of the wide side, twice while it is shrunk; a root and its inverse for
-    # formats that do not go by the short side
-    is_short = options.format in ("lowrank", "dense")
-    moments = 8 * d_ff**2 * (2 if is_short else 4) if options.metric != "plain" else 0
+    moments = 8 * d_ff**2 * _squares(state)
     factors = 8 * (COPIES * d_model * d_ff + 4 * d_model**2) + moments + block * stored
     stages["plan"] = factors
     if until == "calibrate" or until == "plan":
@@ -116,6 +116,23 @@ def memory_bytes(state: Run, until: str) -> dict[str, int]:
     if until == "report":
         stages["evaluate"] = 4 * 2 * _params(state)
     return {name: size + PROGRAM for name, size in stages.items()}
+
+
+def _squares(state: Run) -> int:
+    """How many second moments of the widest side are in memory at a time while one unit is fitted.
+
+    The moment, and again while it is shrunk or its channels are put in order, or as the inverse of
+    the channels that are left; a root and its inverse as well where a format needs them, and of
+    both members of a tree.
+    """
+    options = state.config.convert
+    if options.metric == "plain":
+        return 0
+    has_tree = options.format == "auto" and options.sharing in ("bonds", "all")
+    if has_tree or options.format == "joint_tree":
+        return 6 if options.metric == "kfac" else 4
+    by_short_side = ("auto", "lowrank", "dense", "joint_channels")
+    return 2 if options.format in by_short_side else 4
 
 
 def _streams(state: Run) -> tuple[bool, int]:

@@ -42,9 +42,11 @@ class ConvertOptions:
     sharing: Literal["none", "bonds", "inner", "all"] = "inner"
     """Formats of several matrices offered by auto: joint_tree (bonds), fewer channels between them
     (inner: joint_channels, joint_value_output, joint_query_key), both, or neither."""
-    singles: Literal["lowrank", "panels"] = "lowrank"
-    """Networks of one matrix offered by auto: low rank, or also panels (rows or columns in groups
-    with ranks of their own, refitted in --sweeps)."""
+    singles: Literal["dense", "lowrank", "panels"] = "lowrank"
+    """What auto may make of one matrix: leave it whole, also low rank, or also panels (rows or
+    columns in groups with ranks of their own, refitted in --sweeps). With dense every matrix is one
+    product, also those inside --sharing formats: the fastest where starting a product costs as much
+    as reading a small matrix, at a higher loss."""
     metric: Literal["kfac", "activation", "plain"] = "kfac"
     """Norm in which weights are truncated: K-FAC (inputs and output gradients), inputs, or none."""
     labels: Literal["sampled", "text"] = "sampled"
@@ -102,6 +104,14 @@ class ConvertOptions:
                 where="--feature_weight",
                 expected="--metric kfac",
                 found=self.metric,
+            )
+        has_sharing = self.sharing in ("inner", "all") and self.allocation == "global"
+        if self.singles == "dense" and not has_sharing:
+            raise UsageError(
+                "nothing is left that could shrink",
+                where="--singles dense",
+                expected="--sharing inner or all, and --allocation global",
+                found=f"--sharing {self.sharing} --allocation {self.allocation}",
             )
 
 

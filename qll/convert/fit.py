@@ -226,13 +226,16 @@ def _root(moment: Tensor | None) -> Factor | None:
 def _discarded_inside(weights: Weights, network, metrics: Sequence[Metric]) -> float:
     """What is lost in the metric of the members that read the inner channels: the last one, or
     both query and key."""
-    readers = slice(0 if network.spec.format == "joint_query_key" else -1, None)
-    triples = zip(weights, comparable_members(network, weights), metrics, strict=True)
-    sums = [
-        (metric.norm_squared(weight - matrix), metric.norm_squared(weight.to(torch.float64)))
-        for weight, matrix, metric in list(triples)[readers]
-    ]
-    return sum(lost for lost, _ in sums) / max(sum(total for _, total in sums), 1e-300)
+    first = 0 if network.spec.format == "joint_query_key" else len(weights) - 1
+    matrices = comparable_members(network, weights)
+    lost = total = 0.0
+    for weight, matrix, place in zip(
+        weights[first:], matrices[first:], range(first, len(weights)), strict=True
+    ):
+        metric = metrics[place]
+        lost += metric.norm_squared(weight - matrix)
+        total += metric.norm_squared(weight.to(torch.float64))
+    return lost / max(total, 1e-300)
 
 
 def _discarded(matrices: list[Tensor], network) -> float:

@@ -19,7 +19,9 @@ from qll.convert.inner_pairs import fit_query_key, query_key_options
 from qll.convert.inner_parts import member_scales
 from qll.convert.metric import Metric
 from qll.convert.units import Unit
-from qll.tn import JointChannels, JointQueryKey, JointValueOutput, tensor_shapes
+from qll.tn import JointChannels, JointQueryKey, JointValueOutput, parts, tensor_shapes
+from qll.tn.joint_channels import part_specs
+from qll.tn.joint_value_output import output_part
 from qll.tn.network import NetworkSpec
 
 INNER = ("joint_channels", "joint_value_output", "joint_query_key")
@@ -31,10 +33,12 @@ def inner_ladder(
     weights: Sequence[Float[Tensor, "_ _"]],
     metrics: Sequence[Metric],
     step: int = RANK_STEP,
+    is_whole: bool = False,
 ) -> list[Candidate]:
     """Candidates of an inner format, each with less loss than all smaller ones.
 
     Losses are in nats per token in the K-FAC metric, else relative to the member that loses.
+    is_whole: only those whose matrices are all whole, none of low rank.
     """
     exact = [weight.to(torch.float64) for weight in weights]
     scales = member_scales(exact, metrics)
@@ -46,8 +50,17 @@ def inner_ladder(
     found = []
     for ranks, loss in options:
         sized = format_of(spec).clamp(spec.with_ranks(ranks))
+        if is_whole and not all(map(parts.is_whole, _inside(sized))):
+            continue
         found.append(Candidate(unit, sized, tensor_shapes(sized).num_params, loss))
     return useful(found, unit.dense_params)
+
+
+def _inside(spec: NetworkSpec) -> tuple[NetworkSpec, ...]:
+    """The matrices of a format that may be low rank."""
+    if spec.format == "joint_channels":
+        return part_specs(spec)
+    return (output_part(spec),) if spec.format == "joint_value_output" else ()
 
 
 def fit_inner(

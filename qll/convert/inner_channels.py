@@ -30,17 +30,15 @@ def fit_channels(
 ) -> JointChannels:
     down, seen = weights[2], metrics[2]
     kept = _eliminated(down, seen).kept(spec.ranks[0])
-    reduced = (weights[0][kept], weights[1][kept], regression(down, seen.right, kept))
-    inside = (
-        Metric(metrics[0].kind, block_of(metrics[0].left, kept), metrics[0].right),
-        Metric(metrics[1].kind, block_of(metrics[1].left, kept), metrics[1].right),
-        Metric(seen.kind, seen.left, block_of(seen.right, kept)),
-    )
+    gate, up, last = part_specs(spec)
+    inside = Metric(seen.kind, seen.left, block_of(seen.right, kept))
+    fitted = fit_part(regression(down, seen.right, kept), last, inside)
+    del seen, inside  # moments of the channels are large: one at a time
     own = [
-        fit_part(matrix, part, metric)
-        for matrix, part, metric in zip(reduced, part_specs(spec), inside, strict=True)
+        fit_part(weight[kept], part, _of_channels(metrics[j], kept))
+        for j, (weight, part) in enumerate(zip(weights, (gate, up), strict=False))
     ]
-    return JointChannels.of_parts(spec, kept, own)
+    return JointChannels.of_parts(spec, kept, [*own, fitted])
 
 
 def channel_options(
@@ -69,6 +67,11 @@ def channel_options(
             yield (size, *ranks), loss + float(losses[size])
 
 
+def _of_channels(metric: Metric, kept: Tensor) -> Metric:
+    """The metric of the rows `kept`."""
+    return Metric(metric.kind, block_of(metric.left, kept), metric.right)
+
+
 def _reader_spectra(
     weight: Tensor, metric: Metric, order: Int64[Tensor, " n"], sizes: Sequence[int]
 ) -> list[Float64[Tensor, "_"]]:
@@ -79,7 +82,7 @@ def _reader_spectra(
     rows = weight if metric.right is None else weight @ factor(metric.right).root
     # those that stay longest first, so that every size is a slice
     rows, kept = rows[order.flip(0)], order.flip(0)
-    left = None if metric.left is None else metric.left[kept][:, kept]
+    left = block_of(metric.left, kept)
     gram, found = rows.new_zeros(rows.shape[1], rows.shape[1]), []
     for before, size in itertools.pairwise([0, *sizes]):
         added = rows[before:size]

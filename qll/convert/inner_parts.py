@@ -50,7 +50,8 @@ def fit_part(matrix: Tensor, spec: NetworkSpec, metric: Metric) -> parts.Part:
 
 
 def block_of(moment: Tensor | None, kept: Tensor) -> Tensor | None:
-    return None if moment is None else moment[kept][:, kept]
+    """The entries of `moment` between the channels `kept`."""
+    return None if moment is None else moment[kept[:, None], kept]
 
 
 def eigenvalues(gram: Tensor) -> Float64[Tensor, "_"]:

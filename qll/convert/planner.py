@@ -151,7 +151,8 @@ def _unit_candidates(
     if options.keep == 1.0:
         return [exact(unit, specs[0])]
     if format in INNER:
-        return inner_ladder(unit, specs[0], weights, metrics, _rank_step(options))
+        is_whole = options.format == "auto" and options.singles == "dense"
+        return inner_ladder(unit, specs[0], weights, metrics, _rank_step(options), is_whole)
     items = [item for spec in specs for item in _ladder(unit, spec, weights, metrics, options)]
     return items if len(specs) == 1 else useful(items, unit.dense_params)
 
@@ -191,7 +192,8 @@ def _offers(config: LlamaConfig, options: ConvertOptions, block: int) -> Iterato
     for unit in single_units(config, block):
         if format == "auto":
             yield unit, "dense"
-            yield unit, "lowrank"
+            if options.singles != "dense":
+                yield unit, "lowrank"
             if options.singles == "panels":
                 yield unit, "panels"
             if options.outliers:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Complex, Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import scaled_dot_product_attention, silu
 
+from qll.runtime.norm import RMSNorm
 from qll.runtime.program import Site
 
 
@@ -36,21 +37,18 @@ class Block(nn.Module):
 
     def __init__(
         self,
-        norms: tuple[Tensor, Tensor],
+        norms: tuple[RMSNorm, RMSNorm],
         sites: dict[str, Site],
         heads: tuple[int, int],
         sizes: tuple[int, int, int],
         pairs: Int[Tensor, "kv_heads pairs"] | None,
-        eps: float,
     ) -> None:
-        """norms: gains before attention and MLP. sizes: (d_head, d_key, d_value)."""
+        """norms: before attention and before the MLP. sizes: (d_head, d_key, d_value)."""
         super().__init__()
-        self.register_buffer("first_gain", norms[0])
-        self.register_buffer("second_gain", norms[1])
+        self.first_norm, self.second_norm = norms
         self.sites = nn.ModuleDict(sites)
         self.heads, self.kv_heads = heads
         self.d_head, self.d_key, self.d_value = sizes
-        self.eps = eps
         self.register_buffer("pairs", None if pairs is None else self._of_all_heads(pairs))
 
     @property
@@ -62,9 +60,8 @@ class Block(nn.Module):
         self, x: Float[Tensor, "rows d_model"], keys: Tensor, values: Tensor, step: Step
     ) -> Float[Tensor, "rows d_model"]:
         """The block's output; keys and values of these tokens are written into the cache."""
-        shape = (x.shape[-1],)
-        x = x + self._attention(rms_norm(x, shape, self.first_gain, self.eps), keys, values, step)
-        return x + self._mlp(rms_norm(x, shape, self.second_gain, self.eps))
+        x = x + self._attention(self.first_norm(x), keys, values, step)
+        return x + self._mlp(self.second_norm(x))
 
     def _mlp(self, x: Tensor) -> Tensor:
         pieces = self.sites["gate_up"].pieces(x)

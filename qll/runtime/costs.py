@@ -20,8 +20,8 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from qll import store
-from qll.runtime.kernels import KERNELS, available
+from qll.runtime.kernels import CODED, KERNELS, available, coded_kernels
 
 TOKENS = (1, 2, 4, 8, 16, 64, 256, 512)
 # rows and columns: what starting a product costs, and two sizes that tell the slope
@@ -38,7 +38,7 @@ SMALL, TALL, WIDE = (32, 64), (2048, 768), (1024, 1536)
 # Weights that are read one after another: more than the last cache of most machines.
 COLD_BYTES = 96 << 20
 REPEATS = 5
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,8 @@ class DeviceCosts:
     """Over the numbers per token that are joined."""
     gathers: tuple[Line, ...]
     """Over the numbers per token that are joined and put in order."""
+    codes: dict[str, tuple[Line, ...]] = field(default_factory=dict)
+    """Per kernel for packed matrices, over their entries."""
 
     @property
     def kernel(self) -> str:
@@ -83,6 +85,10 @@ class DeviceCosts:
     def product(self, tokens: int, out: int, into: int) -> float:
         """Seconds of [tokens, into] times [into, out] by `kernel_for` this shape."""
         return self._at(self.products[self.kernel_for(out, into)], tokens, out * into)
+
+    def coded(self, kernel: str, tokens: int, out: int, into: int) -> float:
+        """Seconds of the same by a kernel for packed matrices."""
+        return self._at(self.codes[kernel], tokens, out * into)
 
     def join(self, tokens: int, numbers: int) -> float:
         """Seconds to put pieces of `numbers` values a token side by side."""
@@ -144,15 +150,19 @@ def measure(
     device: torch.device, dtype: torch.dtype, cold_bytes: int = COLD_BYTES, repeats: int = REPEATS
 ) -> DeviceCosts:
     """The costs, measured now; about three seconds on two CPU cores."""
-    products = {}
-    for name in available(dtype, device):
-        held = {
-            shape: _copies(name, shape, dtype, device, cold_bytes) for shape in (SMALL, TALL, WIDE)
-        }
-        products[name] = tuple(_product_line(held, T, dtype, device, repeats) for T in TOKENS)
+    names = (*available(dtype, device), *coded_kernels(dtype, device))
+    shapes = (SMALL, TALL, WIDE)
+    held = {
+        (name, shape): _copies(name, shape, dtype, device, cold_bytes)
+        for name in names
+        for shape in shapes
+    }
+    rows = [_product_lines(held, names, T, dtype, device, repeats) for T in TOKENS]
+    found = {name: tuple(row[name] for row in rows) for name in names}
+    products, codes = ({n: found[n] for n in kind if n in found} for kind in (KERNELS, CODED))
     moves = [_move_lines(T, dtype, device, repeats) for T in TOKENS]
     joins, gathers = zip(*moves, strict=True)
-    return DeviceCosts(TOKENS, products, joins, gathers)
+    return DeviceCosts(TOKENS, products, joins, gathers, codes)
 
 
 def _copies(
@@ -160,34 +170,46 @@ def _copies(
 ) -> list[torch.nn.Module]:
     count = 1 if shape == SMALL else max(2, cold_bytes // (shape[0] * shape[1] * dtype.itemsize))
     draw = torch.Generator().manual_seed(0)
+    if name in CODED:
+        codes = torch.randint(-8, 8, shape, generator=draw, dtype=torch.int8)
+        group = shape[1] if name == "int8" else 32
+        scales = torch.ones(shape[0], shape[1] // group)
+        return [CODED[name](codes.clone(), scales, group).to(device) for _ in range(count)]
     matrix = torch.randn(shape, generator=draw).to(device, dtype) / shape[1] ** 0.5
     return [KERNELS[name](matrix.clone()) for _ in range(count)]
 
 
-def _product_line(
-    held: dict[tuple[int, int], list[torch.nn.Module]],
+def _product_lines(
+    held: dict[tuple[str, tuple[int, int]], list[torch.nn.Module]],
+    names: Sequence[str],
     tokens: int,
     dtype: torch.dtype,
     device: torch.device,
     repeats: int,
-) -> Line:
-    x = {shape: torch.ones(tokens, shape[1], dtype=dtype, device=device) for shape in held}
+) -> dict[str, Line]:
+    """The line of every kernel; kernels take turns too, since neighbours come and go."""
     turns = dict.fromkeys(held, 0)
 
-    def run(shape: tuple[int, int]) -> Callable[[], Any]:
+    def run(key: tuple[str, tuple[int, int]]) -> Callable[[], Any]:
+        x = torch.ones(tokens, key[1][1], dtype=dtype, device=device)
+
         def once() -> None:
-            turns[shape] += 1
-            kernels = held[shape]
-            kernels[turns[shape] % len(kernels)](x[shape])
+            turns[key] += 1
+            kernels = held[key]
+            kernels[turns[key] % len(kernels)](x)
 
         return once
 
     repeats = max(2, repeats if tokens >= 64 else 4 * repeats)
-    small, tall, wide = best_of([run(shape) for shape in held], repeats, device)
-    entries = SMALL[0] * SMALL[1]
-    size = TALL[0] * TALL[1]  # WIDE has as many
-    slope = max((0.5 * (tall + wide) - small) / (size - entries), 1e-15)
-    return Line(max(small - slope * entries, 0.0), slope)
+    times = dict(zip(held, best_of([run(key) for key in held], repeats, device), strict=True))
+    lines = {}
+    for name in names:
+        small, tall, wide = (times[name, shape] for shape in (SMALL, TALL, WIDE))
+        entries = SMALL[0] * SMALL[1]
+        size = TALL[0] * TALL[1]  # WIDE has as many
+        slope = max((0.5 * (tall + wide) - small) / (size - entries), 1e-15)
+        lines[name] = Line(max(small - slope * entries, 0.0), slope)
+    return lines
 
 
 def _move_lines(
@@ -279,8 +301,9 @@ def _from_json(value: dict[str, Any]) -> DeviceCosts:
         {name: lines(items) for name, items in value["products"].items()},
         lines(value["joins"]),
         lines(value["gathers"]),
+        {name: lines(items) for name, items in value["codes"].items()},
     )
-    each = (*found.products.values(), found.joins, found.gathers)
+    each = (*found.products.values(), *found.codes.values(), found.joins, found.gathers)
     if not found.products or any(len(item) != len(found.tokens) for item in each):
         raise ValueError("not a table of costs")
     return found

@@ -3,6 +3,7 @@
     Whole      W                                       out * in numbers
     Factors    W = A B                                 r (out + in)
     Pivoted    W = P [B; C B], B rows of W itself      r (out + in - r), and a reordering
+    Coded      W as integers with scales               out * in, of 4 or 8 bits
     Contracted any other network, by its own contraction
 
 From a stored network follow up to three: as it is stored, its interpolative gauge written out (more
@@ -11,11 +12,11 @@ numbers, no reordering), and the matrix. Rows can be permuted for free in all bu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int8
 from torch import Tensor
 
 from qll.runtime.costs import DeviceCosts
@@ -23,6 +24,7 @@ from qll.tn import JointNetwork, build, parts
 from qll.tn.gauge import row_order, write
 from qll.tn.lowrank import LowRank
 from qll.tn.network import MatrixNetwork
+from qll.tn.packed import scaled
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,31 @@ class Contracted:
         return image if self.rows is None else image.index_select(1, self.rows)
 
 
-Form = Whole | Factors | Pivoted | Contracted
+@dataclass(frozen=True)
+class Coded:
+    """W [out, in] as integers with a scale per group of a row, for a kernel that reads them so."""
+
+    codes: Int8[Tensor, "out into"]
+    scales: Float[Tensor, "out groups"]
+    group: int
+    kernel: str
+    """A name of `qll.runtime.kernels.CODED`."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return tuple(self.codes.shape)
+
+    def permuted(self, rows: Tensor | None, columns: Tensor | None) -> Coded | Whole:
+        """W[rows][:, columns]; groups do not survive another order of the columns."""
+        if columns is not None:
+            matrix = scaled(self.codes, self.scales, self.shape, self.group)
+            return Whole(matrix).permuted(rows, columns)
+        codes, scales = _rows(self.codes, rows), _rows(self.scales, rows)
+        return Coded(codes, scales, self.group, self.kernel)
+
+
+Form = Whole | Factors | Pivoted | Coded | Contracted
 
 
 def forms_of(network: LowRank) -> list[Form]:
@@ -158,6 +184,8 @@ def seconds(forms: tuple[Form, ...], tokens: int, costs: DeviceCosts) -> float:
     into = forms[0].shape[1]
     first = sum(_first_rows(form) for form in forms)
     total = costs.product(tokens, first, into) if first else 0.0
+    if stackable(forms):
+        return costs.coded(forms[0].kernel, tokens, sum(form.shape[0] for form in forms), into)
     pieces = 0
     for form in forms:
         pieces += 1
@@ -167,12 +195,21 @@ def seconds(forms: tuple[Form, ...], tokens: int, costs: DeviceCosts) -> float:
             total += costs.product(tokens, *form.rest.shape) if form.rest.numel() else 0.0
             pieces += form.order is None
             total += costs.gather(tokens, form.shape[0]) if form.order is not None else 0.0
+        elif isinstance(form, Coded):
+            total += costs.coded(form.kernel, tokens, *form.shape)
         elif isinstance(form, Contracted):
             # a chain of small products: the same FLOPs, never cheaper than one
             total += costs.product(tokens, form.flops // 2, 1)
     if pieces > 1 and not all(isinstance(form, Whole) for form in forms):
         total += costs.join(tokens, sum(form.shape[0] for form in forms))
     return total
+
+
+def stackable(forms: Sequence[Form]) -> bool:
+    """Whether all forms are codes that one kernel can read as one matrix."""
+    if not all(isinstance(form, Coded) for form in forms):
+        return False
+    return len({(form.kernel, form.group, form.scales.shape[1]) for form in forms}) == 1
 
 
 def _first_rows(form: Form) -> int:

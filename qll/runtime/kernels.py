@@ -3,6 +3,7 @@
     plain    x @ W^T in the dtype of W
     packed   W in oneDNN's blocked layout: CPUs read a plain one well below their bandwidth
     int4     torch's kernel for 4-bit codes with a scale per group, activations in bfloat16
+    int8     the same for 8-bit codes with one scale per row
 
 A kernel takes x [tokens, into] and gives [tokens, out] in the dtype of x. Only `plain` exists on
 every device; `available` says which of the others do.
@@ -11,14 +12,19 @@ every device; `available` says which of the others do.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from jaxtyping import Float
+from jaxtyping import Int8 as Codes
 from torch import Tensor, nn
 
-from qll.tn.packed import Packing, unpack
+from qll.tn.packed import Packing, group_axis
 
 INT4_GROUPS = (32, 64, 128, 256)
+# torch's kernels for codes take rows and columns by so many; the 8-bit one does not check it and
+# reads beyond the end
+CODED_ROWS, CODED_COLUMNS = 16, 32
 # CPUs have a fast float16 product for one vector and none for many: beyond, W is widened first.
 FEW = 4
 
@@ -73,19 +79,20 @@ class Int4(nn.Module):
 
     name = "int4"
 
-    def __init__(self, packed: Tensor, scales: Tensor, shape: tuple[int, int], group: int) -> None:
+    def __init__(
+        self, codes: Codes[Tensor, "out into"], scales: Float[Tensor, "out groups"], group: int
+    ) -> None:
         super().__init__()
-        codes = unpack(packed, 4, *shape).to(torch.int32) + 8
         self.group = group
         convert = torch.ops.aten._convert_weight_to_int4pack_for_cpu
-        self.register_buffer("codes", convert(codes, 1))
+        self.register_buffer("codes", convert(codes.to(torch.int32) + 8, 1))
         # the kernel computes (code - 8) * scale + zero
         spread = scales.to(torch.bfloat16).mT
         zeros = torch.zeros_like(spread)
         self.register_buffer("scales", torch.stack([spread, zeros], -1).contiguous())
-        self.numbers = shape[0] * shape[1]
+        self.numbers = codes.numel()
         # of a scale and a zero one is needed
-        self.num_bytes = self.numbers // 2 + scales.numel() * scales.element_size()
+        self.num_bytes = self.numbers // 2 + scales.numel() * self.scales.element_size()
 
     def forward(self, x: Float[Tensor, "tokens into"]) -> Float[Tensor, "tokens out"]:
         """x W^T."""
@@ -94,7 +101,33 @@ class Int4(nn.Module):
         return product(low, self.codes, self.group, self.scales).to(x.dtype)
 
 
+class Int8(nn.Module):
+    """x @ W^T with W as 8-bit codes and a scale per row; x is rounded to bfloat16.
+
+    >>> codes = torch.full((16, 32), -3, dtype=torch.int8)
+    >>> Int8(codes, torch.full((16, 1), 0.5), 32)(torch.ones(1, 32))[0, :2].tolist()
+    [-48.0, -48.0]
+    """
+
+    name = "int8"
+
+    def __init__(
+        self, codes: Codes[Tensor, "out into"], scales: Float[Tensor, "out 1"], group: int
+    ) -> None:
+        super().__init__()
+        self.register_buffer("codes", codes.contiguous())
+        self.register_buffer("scales", scales[:, 0].to(torch.bfloat16))
+        self.numbers = codes.numel()
+        self.num_bytes = self.numbers + scales.numel() * self.scales.element_size()
+
+    def forward(self, x: Float[Tensor, "tokens into"]) -> Float[Tensor, "tokens out"]:
+        """x W^T."""
+        product = torch.ops.aten._weight_int8pack_mm
+        return product(x.to(torch.bfloat16), self.codes, self.scales).to(x.dtype)
+
+
 KERNELS: dict[str, Callable[[Tensor], nn.Module]] = {"plain": Plain, "packed": Packed}
+CODED: dict[str, Callable[[Tensor, Tensor, int], nn.Module]] = {"int4": Int4, "int8": Int8}
 
 
 def available(dtype: torch.dtype, device: torch.device) -> list[str]:
@@ -104,27 +137,52 @@ def available(dtype: torch.dtype, device: torch.device) -> list[str]:
     ['plain']
     """
     names = ["plain"]
-    if dtype in (torch.float32, torch.bfloat16) and device.type == "cpu" and _works(_try_packed):
+    has_layout = dtype in (torch.float32, torch.bfloat16) and device.type == "cpu"
+    if has_layout and _works(partial(_try_packed, dtype)):
         names.append("packed")
     return names
 
 
-def int4_fits(packing: Packing, shape: tuple[int, ...], device: torch.device) -> bool:
-    """Whether torch has a 4-bit kernel for this packing of a matrix of this shape on `device`."""
-    if packing.bits != 4 or packing.group not in INT4_GROUPS or len(shape) != 2:
-        return False
+def coded_kernels(dtype: torch.dtype, device: torch.device) -> list[str]:
+    """Kernels for packed matrices of a model of `dtype` on `device`.
+
+    They round activations to bfloat16, so only a model in bfloat16 is given to them.
+
+    >>> coded_kernels(torch.float32, torch.device("cpu"))
+    []
+    """
+    if dtype != torch.bfloat16 or device.type != "cpu":
+        return []
+    return [name for name in CODED if _works(partial(_try_coded, name))]
+
+
+def coded_kernel(packing: Packing, shape: tuple[int, ...]) -> str | None:
+    """The kernel that reads a matrix of this shape as it is packed, or None.
+
+    >>> coded_kernel(Packing(4, 32), (64, 96)), coded_kernel(Packing(8, 32), (64, 96))
+    ('int4', None)
+    >>> coded_kernel(Packing(8, 96), (64, 96))
+    'int8'
+    """
+    if len(shape) != 2 or group_axis(shape, packing.group) != 1:
+        return None
     out, into = shape
-    whole = into % packing.group == 0 and out % 16 == 0
-    return whole and device.type == "cpu" and _works(_try_int4)
+    if out % CODED_ROWS or into % CODED_COLUMNS:
+        return None
+    if packing.bits == 4 and packing.group in INT4_GROUPS:
+        return "int4" if into % packing.group == 0 else None
+    return "int8" if packing.bits == 8 and packing.group >= into else None
 
 
-def _try_packed() -> None:
-    Packed(torch.zeros(16, 32, dtype=torch.bfloat16))(torch.zeros(1, 32, dtype=torch.bfloat16))
+def _try_packed(dtype: torch.dtype) -> None:
+    """oneDNN refuses bfloat16 on processors without its instructions, and float32 nowhere."""
+    Packed(torch.zeros(16, 32, dtype=dtype))(torch.zeros(1, 32, dtype=dtype))
 
 
-def _try_int4() -> None:
-    packed, scales = torch.zeros(256, dtype=torch.uint8), torch.ones(16, 1)
-    Int4(packed, scales, (16, 32), 32)(torch.zeros(1, 32))
+def _try_coded(name: str) -> None:
+    codes = torch.zeros(CODED_ROWS, CODED_COLUMNS, dtype=torch.int8)
+    scales = torch.ones(CODED_ROWS, 1)
+    CODED[name](codes, scales, CODED_COLUMNS)(torch.zeros(1, CODED_COLUMNS))
 
 
 def _works(attempt: Callable[[], None]) -> bool:

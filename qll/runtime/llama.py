@@ -23,6 +23,7 @@ from qll.runtime.block import Block, Step
 from qll.runtime.cache import Cache
 from qll.runtime.costs import DeviceCosts, device_costs
 from qll.runtime.forms import Form
+from qll.runtime.norm import RMSNorm
 from qll.runtime.program import Program, Site, choose
 from qll.runtime.reading import Candidates, read_block, read_matrix
 
@@ -38,17 +39,16 @@ class Runtime(nn.Module):
         self,
         embedding: nn.Module,
         blocks: list[Block],
-        gain: Tensor,
+        norm: RMSNorm,
         head: Site,
         turns: Tensor,
-        eps: float,
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
         self.embedding, self.blocks, self.head = embedding, nn.ModuleList(blocks), head
-        self.register_buffer("gain", gain)
+        self.norm = norm
         self.register_buffer("turns", turns)
-        self.eps, self.dtype = eps, dtype
+        self.dtype = dtype
 
     @classmethod
     def from_model(
@@ -84,15 +84,14 @@ class Runtime(nn.Module):
                 if consume:
                     model.model.layers[index] = nn.Identity()
             head = make_site([read_matrix(model.lm_head)], costs, choice)
-        gain = weight.detach().to(compute)
-        turns = _turns(model)
+        norm = RMSNorm(weight.detach().to(compute), config.rms_norm_eps)
         embedding = model.model.embed_tokens
-        return cls(embedding, blocks, gain, head, turns, config.rms_norm_eps, compute).eval()
+        return cls(embedding, blocks, norm, head, _turns(model), compute).eval()
 
     @property
     def device(self) -> torch.device:
         """Where it runs."""
-        return self.gain.device
+        return self.turns.device
 
     @property
     def longest(self) -> int:
@@ -148,16 +147,16 @@ class Runtime(nn.Module):
         (`causal`, when the window is the tokens themselves), or those up to its position
         (`masked`).
         """
-        places = torch.arange(window, device=ids.device)
-        mask = places <= positions[:, None] if masked else None
+        mask = None
+        if masked:
+            mask = torch.arange(window, device=ids.device) <= positions[:, None]
         turns = self.turns.index_select(0, positions)
         step = Step(positions, turns, window, mask, causal)
         x = self.embedding(ids).to(self.dtype).flatten(0, 1)
         for block, keys, values in zip(self.blocks, cache.keys, cache.values, strict=True):
             x = block(x, keys, values, step)
         last = x.unflatten(0, ids.shape)[:, -keep:].flatten(0, 1)
-        normal = nn.functional.rms_norm(last, (last.shape[-1],), self.gain, self.eps)
-        return self.head(normal).reshape(ids.shape[0], keep, -1)
+        return self.head(self.norm(last)).reshape(ids.shape[0], keep, -1)
 
 
 def _block(
@@ -175,14 +174,13 @@ def _block(
         "down": [forms.down],
     }
     sites = {name: make_site(candidates, costs, choice) for name, candidates in wanted.items()}
-    norms = (layer.input_layernorm.weight, layer.post_attention_layernorm.weight)
+    gains = (layer.input_layernorm.weight, layer.post_attention_layernorm.weight)
     return Block(
-        tuple(gain.detach().to(compute) for gain in norms),
+        tuple(RMSNorm(gain.detach().to(compute), config.rms_norm_eps) for gain in gains),
         sites,
         (config.num_attention_heads, config.num_key_value_heads),
         (layer.self_attn.head_dim, forms.d_key, forms.d_value),
         forms.pairs,
-        config.rms_norm_eps,
     )
 
 

@@ -19,8 +19,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qll.runtime.costs import DeviceCosts, arranged
-from qll.runtime.forms import Contracted, Factors, Form, Pivoted, Whole, seconds
-from qll.runtime.kernels import KERNELS
+from qll.runtime.forms import Coded, Contracted, Factors, Form, Pivoted, Whole, seconds, stackable
+from qll.runtime.kernels import CODED, KERNELS
 
 # A second program is kept only for a gain of this share, since it holds the weights once more.
 WORTH = 0.03
@@ -29,12 +29,14 @@ WORTH = 0.03
 class Program(nn.Module):
     """One choice of forms for the matrices of a site; gives their outputs one behind another."""
 
-    def __init__(
-        self, forms: Sequence[Form | nn.Module], kernel: str | Callable[[int, int], str]
-    ) -> None:
+    def __init__(self, forms: Sequence[Form], kernel: str | Callable[[int, int], str]) -> None:
         """kernel: the name of one for all products, or a function of (out, in) that gives it."""
         super().__init__()
-        self.outs = tuple(_out(form) for form in forms)
+        self.outs = tuple(form.shape[0] for form in forms)
+        if stackable(forms):
+            self.first, self.widths = _coded_kernel(forms), self.outs
+            self.tails, self.simple = nn.ModuleList(_Same() for _ in forms), True
+            return
         heads = [_head(form) for form in forms]
         self.widths = tuple(0 if head is None else head.shape[0] for head in heads)
         stacked = [head for head in heads if head is not None]
@@ -182,22 +184,24 @@ def _stacked(matrices: list[Tensor]) -> Tensor:
     return matrices[0] if len(matrices) == 1 else torch.cat(matrices)
 
 
-def _out(form: Form | nn.Module) -> int:
-    return form.scales.shape[1] if isinstance(form, nn.Module) else form.shape[0]
+def _coded_kernel(forms: Sequence[Coded]) -> nn.Module:
+    """The kernel of the codes of all `forms`, one below another."""
+    codes, scales = (_stacked([getattr(f, part) for f in forms]) for part in ("codes", "scales"))
+    return CODED[forms[0].kernel](codes, scales, forms[0].group)
 
 
-def _head(form: Form | nn.Module) -> Tensor | None:
+def _head(form: Form) -> Tensor | None:
     """What multiplies x together with the others'."""
     if isinstance(form, Whole):
         return form.matrix
     return form.right if isinstance(form, Factors | Pivoted) else None
 
 
-def _tail(form: Form | nn.Module, make: Callable[[Tensor], nn.Module]) -> nn.Module:
+def _tail(form: Form, make: Callable[[Tensor], nn.Module]) -> nn.Module:
     if isinstance(form, Whole):
         return _Same()
     if isinstance(form, Factors):
         return _Left(make(form.left))
     if isinstance(form, Pivoted):
         return _Rest(make(form.rest) if form.rest.numel() else None, form.order)
-    return _Kernel(form) if isinstance(form, nn.Module) else Network(form)
+    return _Kernel(_coded_kernel([form])) if isinstance(form, Coded) else Network(form)

@@ -17,7 +17,9 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
 from qll.model.groups import TNGroup, TNMember
 from qll.model.layers import TNTiedHead
+from qll.model.packed import PackedLinear
 from qll.runtime.forms import (
+    Coded,
     Contracted,
     Factors,
     Form,
@@ -27,10 +29,12 @@ from qll.runtime.forms import (
     forms_of_part,
     matrix_of,
 )
+from qll.runtime.kernels import coded_kernel, coded_kernels
 from qll.tn import JOINTS, JointChannels, JointNetwork, JointQueryKey, JointTree, JointValueOutput
 from qll.tn.gauge import row_order, write
 from qll.tn.lowrank import LowRank
 from qll.tn.network import MatrixNetwork
+from qll.tn.packed import unpack
 
 Candidates = list[Form]
 
@@ -91,13 +95,23 @@ def read_matrix(module: nn.Module) -> Candidates:
     if isinstance(module, TNTiedHead):
         module = module.embedding
     if not hasattr(module, "network"):
-        return [Whole(module.weight.detach())]
+        whole = Whole(module.weight.detach())
+        return [*_coded(module), whole] if isinstance(module, PackedLinear) else [whole]
     network = module.network()
     if isinstance(network, LowRank):
         return forms_of(network)
     shape, size = tuple(network.spec.shape), _bytes(network)
     own = Contracted(network.apply, shape, network.flops(1), size)
     return [own, Whole(matrix_of(network))]
+
+
+def _coded(module: PackedLinear) -> Candidates:
+    """The codes as they are, where there is a kernel that reads them."""
+    kernel = coded_kernel(module.packing, module.shape)
+    if kernel not in coded_kernels(module.scales.dtype, module.scales.device):
+        return []
+    codes = unpack(module.packed, module.packing.bits, *module.shape)
+    return [Coded(codes, module.scales, module.packing.group, kernel)]
 
 
 def _members(modules: list[nn.Module]) -> list[Candidates]:
@@ -221,4 +235,6 @@ def _permuted(forms: Candidates, rows: Tensor) -> Candidates:
 def _device(form: Form) -> torch.device:
     if isinstance(form, Contracted):
         return torch.device("cpu")
+    if isinstance(form, Coded):
+        return form.codes.device
     return (form.matrix if isinstance(form, Whole) else form.right).device

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from qll.runtime.kernels import KERNELS, Int4
+from qll.runtime.kernels import CODED, KERNELS
 from qll.runtime.llama import Runtime
 from qll.runtime.program import Network, Program, Site
+
+KINDS = (*KERNELS.values(), *CODED.values())
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def _numbers(program: Program) -> tuple[int, int]:
     """(bytes read, multiplications per token) of a program."""
     size = count = 0
     for module in program.modules():
-        if isinstance(module, (*KERNELS.values(), Int4)):
+        if isinstance(module, KINDS):
             size += module.num_bytes
             count += module.numbers
         elif isinstance(module, Network):
@@ -64,5 +66,4 @@ def _numbers(program: Program) -> tuple[int, int]:
 
 def held_bytes(module: nn.Module) -> int:
     """Bytes of all kernels of a runtime: both programs of a site, where there are two."""
-    kinds = (*KERNELS.values(), Int4)
-    return sum(part.num_bytes for part in module.modules() if isinstance(part, kinds))
+    return sum(part.num_bytes for part in module.modules() if isinstance(part, KINDS))

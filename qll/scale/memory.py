@@ -5,26 +5,26 @@ from __future__ import annotations
 from qll.scale.shapes import Shape
 
 FLOAT64 = 8
-PROCESS_BYTES = 450 << 20  # Python with torch and transformers, measured
-# square matrices of the largest leg alive at once beside those held: a moment
-# as read, its root, and the inverse of that
-SQUARES = 3
-# copies of the largest matrix alive at once: as read, whitened, factored, and its network
-COPIES = 4
+PROCESS_BYTES = 500 << 20  # Python with torch and transformers, measured
+# the widest second moment, and again while it is shrunk, put in order or inverted
+SQUARES = 2
+# the matrices of an MLP, or of one its image, error and network
+COPIES = 6
 
 
 def job_bytes(shape: Shape, metric: str) -> int:
     """Peak memory of a worker process, in bytes: of the job that plans a block, the largest one.
 
-    It holds the block's weights and second moments in float64, and what is made of the largest.
+    One unit of the block is in memory at a time, in float64; the largest is the MLP.
 
     >>> from qll.scale.shapes import SHAPES
     >>> job_bytes(SHAPES["tiny"], "kfac") < 500e6
     True
+    >>> job_bytes(SHAPES["llama3-8b"], "kfac") / 1e9 < 7
+    True
     """
-    sides = list(shape.linears.values())
-    ins, outs = [into for _, into in sides], [out for out, _ in sides]
-    legs = {"plain": [], "activation": ins, "kfac": ins + outs}[metric]
-    held = shape.block_params + sum(leg**2 for leg in legs)
-    working = COPIES * max(out * into for out, into in sides) + SQUARES * max(legs, default=0) ** 2
-    return PROCESS_BYTES + FLOAT64 * (held + working)
+    sides = shape.linears.values()
+    legs = {"plain": [], "activation": [into for _, into in sides], "kfac": sum(sides, ())}[metric]
+    matrices = COPIES * max(out * into for out, into in sides)
+    squares = SQUARES * max(legs, default=0) ** 2
+    return PROCESS_BYTES + FLOAT64 * (matrices + squares)

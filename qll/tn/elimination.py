@@ -110,7 +110,8 @@ def regression(
 
 
 def _inverse(moment: Tensor) -> Tensor:
-    return torch.cholesky_inverse(_root(moment))
+    root = _root(moment)
+    return torch.cholesky_inverse(root, out=root)  # in its place: 1.6 GB in Llama 3 8B
 
 
 def _root(matrix: Tensor) -> Tensor:

@@ -12,6 +12,9 @@ from qll.convert.units import template
 from qll.errors import ConfigError, UsageError
 from qll.load import open_source
 from qll.options import ConvertOptions
+from qll.tn import parts
+from qll.tn.joint_channels import part_specs
+from qll.tn.joint_value_output import output_part
 
 INNER = ("joint_channels", "joint_value_output", "joint_query_key")
 FORMATS = (
@@ -83,6 +86,29 @@ def test_auto_takes_panels_where_they_lose_less(source, moments):
     assert loss["panels"] < loss["lowrank"]
     whole = make_plan(source, None, ConvertOptions(keep=1.0, singles="panels"))
     assert {entry.spec for entry in whole.entries} == {None}
+
+
+def test_matrices_can_all_be_left_whole_with_fewer_channels_between_them(source, moments):
+    inside = {"joint_channels": part_specs, "joint_value_output": lambda spec: [output_part(spec)]}
+    loss = {}
+    for singles in ("lowrank", "dense"):
+        plan = make_plan(source, moments, ConvertOptions(keep=0.7, singles=singles))
+        assert plan.block_params <= plan.budget
+        loss[singles] = sum(entry.loss for entry in plan.entries)
+    assert loss["dense"] > loss["lowrank"]
+    inner = [entry.spec for entry in plan.entries if entry.spec]
+    assert {spec.format for spec in inner} <= {*INNER}
+    assert inner
+    for spec in inner:
+        assert all(map(parts.is_whole, inside.get(spec.format, lambda spec: [])(spec)))
+
+
+@pytest.mark.parametrize(
+    "words", [{"sharing": "none"}, {"sharing": "bonds"}, {"allocation": "uniform"}]
+)
+def test_whole_matrices_need_channels_to_drop(words):
+    with pytest.raises(UsageError, match="nothing is left that could shrink"):
+        ConvertOptions(singles="dense", **words)
 
 
 @pytest.mark.parametrize("format", ["kron", "mpo"])

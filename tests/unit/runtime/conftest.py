@@ -9,8 +9,11 @@ from qll.model import TNLinear, insert_networks
 from qll.model.groups import TNGroup
 from qll.model.swap import entry_path
 from qll.runtime import DeviceCosts, Line
+from qll.runtime.kernels import CODED
 from qll.tn import default_modes
 from qll.tn.network import NetworkSpec
+from qll.tn.packed import Packing, as_rows, pack
+from qll.tn.rounding import round_nearest
 from tests.conftest import make_tiny_llama
 from tests.unit.model.conftest import decompose, lowrank, star
 from tests.unit.model.test_inner_groups import SMALL
@@ -24,7 +27,8 @@ def flat(per_entry: float = 1.0, start: float = 0.0, gather: float = 0.0) -> Dev
     tokens = (1, 16)
     products = tuple(Line(start, per_entry * count) for count in tokens)
     moves = tuple(Line(0.0, gather * count) for count in tokens)
-    return DeviceCosts(tokens, {"plain": products}, moves, moves)
+    codes = dict.fromkeys(CODED, products)
+    return DeviceCosts(tokens, {"plain": products}, moves, moves, codes)
 
 
 def stored(forms, costs):
@@ -117,6 +121,20 @@ def make_model(name: str, seed: int = 3, tied: bool | None = None):
         fresh = (TNGroup if len(members) > 1 else TNLinear).from_network(network)
         holders[entry_path(members)].load_state_dict(fresh.state_dict())
     return model.eval().requires_grad_(False)
+
+
+def make_packed(bits: int, group: int, dtype: torch.dtype):
+    """The tiny Llama with every block linear rounded to integers and held as such."""
+    model = make_tiny_llama(seed=3)
+    packing, found = Packing(bits, group), {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name.startswith("model.layers"):
+            rounded = round_nearest(as_rows(module.weight.detach(), group), packing)
+            found[name] = {"packed": pack(rounded.codes, bits), "scales": rounded.scales}
+    insert_networks(model, {}, dict.fromkeys(found, packing))
+    for name, tensors in found.items():
+        model.get_submodule(name).load_state_dict(tensors)
+    return model.to(dtype).eval().requires_grad_(False)
 
 
 @pytest.fixture

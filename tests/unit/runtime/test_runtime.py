@@ -8,8 +8,10 @@ from torch.testing import assert_close
 
 from qll.errors import UsageError
 from qll.runtime import Runtime
+from qll.runtime.kernels import CODED, coded_kernels
+from qll.runtime.work import KINDS, held_bytes
 from tests.conftest import make_tiny_llama
-from tests.unit.runtime.conftest import CHOICES, ENTRIES, flat, make_model
+from tests.unit.runtime.conftest import CHOICES, ENTRIES, flat, make_model, make_packed
 
 
 def same(model, ids):
@@ -156,3 +158,24 @@ def test_compiles_without_graph_breaks():
         [sys.executable, "-c", COMPILED], cwd=root, capture_output=True, text=True, check=False
     )
     assert done.stdout.strip() == "same", done.stderr[-3000:]
+
+
+@pytest.mark.parametrize(("bits", "group"), [(4, 32), (8, 128)])
+@torch.no_grad()
+def test_codes_run_as_they_are_in_bfloat16(bits, group, ids):
+    exact = same(make_packed(bits, group, torch.float32), ids)
+    model = make_packed(bits, group, torch.bfloat16)
+    runtime = runtime_of(model, "stored")
+    kernels = {type(part) for part in runtime.blocks.modules() if isinstance(part, KINDS)}
+    if not coded_kernels(torch.bfloat16, torch.device("cpu")):
+        pytest.skip("this build of torch has no kernels for codes")
+    assert CODED[f"int{bits}"] in kernels
+    found = runtime(ids, runtime.cache(2, 24), keep=24).float()
+    theirs = (same(model, ids).float() - exact).norm()
+    assert (found - exact).norm() <= 1.2 * theirs
+    # read once per site, as one matrix
+    assert runtime.blocks[0].sites["query_key_value"].program(1).simple
+    plain = runtime_of(make_packed(bits, group, torch.float32), "stored")
+    assert held_bytes(runtime.blocks) < 0.45 * held_bytes(plain.blocks)
+    found = plain(ids, plain.cache(2, 24), keep=24)
+    assert_close(found, exact, atol=1e-4, rtol=1e-4)

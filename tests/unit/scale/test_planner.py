@@ -87,7 +87,8 @@ def test_workers_are_no_more_than_memory_has_room_for():
     machine = replace(machine_of("8xh100"), memory=100e9)
     found = predict(SHAPES["llama3-70b"], machine, Settings(metric="kfac"))
     convert = stage_of(found, "convert")
-    assert convert["workers"] * convert["memory"] <= 100e9 < 2 * convert["memory"]
+    held = convert["workers"] * convert["memory"]
+    assert held <= 100e9 < held + convert["memory"]
 
 
 def test_speculative_decoding_pays_above_its_cost():
