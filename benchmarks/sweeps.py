@@ -6,7 +6,9 @@ Per matrix, as multiples of the loss of a low-rank network of the same size:
 
 - formats: every split into sites or panels that the planner chooses from, after 0, 2 and 4 sweeps,
   with the seconds of CPU of each fit; "sorted" is the same matrix with the channels of its MLP in
-  the order of --disentangle channels;
+  the order of --disentangle channels, "rotated" with the residual stream in the eigenvectors of its
+  own second moment (or of its gradient's, where the matrix writes it), the best basis any one block
+  could ask for;
 - sums: low rank plus a Kronecker sum with a share of the numbers, the two fitted in turns.
 
 Writes benchmarks/results/sweeps.json, one matrix at a time.
@@ -40,6 +42,7 @@ KEEP = 0.8
 SHARES = (0.1, 0.3)
 TURNS = 3  # of the two parts of a sum
 OPTIONS = ConvertOptions()
+WRITERS = ("o_proj", "down_proj")  # what they give is added to the residual stream
 
 
 def main() -> None:
@@ -64,8 +67,10 @@ def main() -> None:
         weight, metric, gauge = read(source, moments, name)
         row = results["matrices"].setdefault(name, {})
         row["lowrank"] = base = single("lowrank", weight, metric, source)[0]
-        places = [("", weight, metric), ("sorted ", *in_gauge(name, weight, metric, gauge))]
-        for label, matrix, seen in places[: 1 if gauge.channels is None else 2]:
+        places = [("", weight, metric), ("rotated ", *rotated(name, weight, metric))]
+        if gauge.channels is not None:
+            places.append(("sorted ", *in_gauge(name, weight, metric, gauge)))
+        for label, matrix, seen in places:
             for format in arguments.formats:
                 for key, found in formats(format, matrix, seen, source, arguments.sweeps):
                     row[label + key] = {**found, "loss": ratios(found["loss"], base)}
@@ -105,6 +110,17 @@ def in_gauge(name: str, weight: Tensor, metric: Metric, gauge: BlockGauge) -> tu
         for axis, moment in enumerate((metric.left, metric.right))
     )
     return gauge.weight(linear, weight), Metric(metric.kind, left, right)
+
+
+def rotated(name: str, weight: Tensor, metric: Metric) -> tuple[Tensor, Metric]:
+    """Weight and metric with the residual stream in an eigenbasis, strongest direction first."""
+    if name.endswith(WRITERS):
+        basis = torch.linalg.eigh(metric.left).eigenvectors.flip(1)
+        left = torch.diag(torch.linalg.eigvalsh(metric.left).flip(0))
+        return basis.mT @ weight, Metric(metric.kind, left, metric.right)
+    basis = torch.linalg.eigh(metric.right).eigenvectors.flip(1)
+    right = torch.diag(torch.linalg.eigvalsh(metric.right).flip(0))
+    return weight @ basis, Metric(metric.kind, metric.left, right)
 
 
 def formats(
