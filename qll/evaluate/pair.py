@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -9,16 +11,23 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qll.evaluate.cost import forward_flops
+from qll.errors import UsageError
+from qll.evaluate.cost import bytes_by_dtype, forward_flops
 from qll.evaluate.perplexity import compare
+from qll.evaluate.roofline import measure_rates
 from qll.evaluate.speed import (
     decode_tokens_per_second,
     peak_device_bytes,
     peak_rss_bytes,
     prefill_tokens_per_second,
 )
+from qll.runtime import Runtime
+from qll.train import free_bytes
 
-PREFILL_TOKENS = 512
+logger = logging.getLogger("qll.evaluate")
+
+PREFILL_TOKENS, NEW_TOKENS = 512, 16
+ROUNDS = 3
 
 
 def quality_of_pair(
@@ -49,11 +58,17 @@ def quality_of_pair(
 
 
 def cost_of_pair(dense: PreTrainedModel, converted: PreTrainedModel) -> dict[str, Any]:
-    """The measured part of report.json's cost: tokens per second, FLOPs and peak memory."""
+    """The measured part of report.json's cost: tokens per second, FLOPs and peak memory.
+
+    Rates are those of the models in transformers and, under `runtime`, of `qll.runtime`, which
+    `generate` uses; that key is missing, with a warning, where the runtime cannot be had.
+    """
     models = {"dense": dense, "converted": converted}
     positions = dense.config.max_position_embeddings
     prompt = min(PREFILL_TOKENS, positions // 2)
+    rates = _runtime_rates(models, prompt)
     return {
+        **({} if rates is None else {"runtime": rates}),
         "decode_tokens_per_second": {
             name: decode_tokens_per_second(model) for name, model in models.items()
         },
@@ -66,4 +81,29 @@ def cost_of_pair(dense: PreTrainedModel, converted: PreTrainedModel) -> dict[str
         },
         "peak_rss_bytes": peak_rss_bytes(),
         "peak_device_bytes": peak_device_bytes(dense.device),
+    }
+
+
+def _runtime_rates(models: Mapping[str, PreTrainedModel], prompt: int) -> dict[str, Any] | None:
+    """Tokens per second of each phase and model, the models taking turns."""
+    first = next(iter(models.values()))
+    # a runtime holds the weights once more, in the order its kernels read them
+    needed = sum(sum(bytes_by_dtype(model).values()) for model in models.values())
+    if needed > free_bytes(first.device):
+        logger.warning(
+            "speed of `generate` was not measured: it needs %.1f GB more memory", needed / 1e9
+        )
+        return None
+    try:
+        runtimes = {name: Runtime.from_model(model) for name, model in models.items()}
+    except UsageError as error:
+        logger.warning("speed of `generate` was not measured: %s", error)
+        return None
+    new = min(NEW_TOKENS, first.config.max_position_embeddings - prompt)
+    found = measure_rates(runtimes, prompt_tokens=prompt, new_tokens=new, rounds=ROUNDS)
+    return {
+        f"{phase}_tokens_per_second": {
+            name: row["tokens_per_second"] for name, row in found[phase]["rows"].items()
+        }
+        for phase in ("decode", "prefill")
     }

@@ -115,6 +115,7 @@ SCHEMA: dict[Any, Any] = {
         "peak_device_bytes": MAYBE_NUMBER,
         "decode_tokens_per_second": BOTH,
         "prefill_tokens_per_second": BOTH,
+        "runtime?": {"decode_tokens_per_second": BOTH, "prefill_tokens_per_second": BOTH},
         "flops_per_token?": BOTH,
     },
     "provenance?": dict,

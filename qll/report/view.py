@@ -54,12 +54,17 @@ def cost_pairs(report: Mapping[str, Any]) -> list[dict[str, Any]]:
         "dense": model["params"],
         "converted": model["params"] * compression["params_ratio"],
     }
-    decode, prefill = cost["decode_tokens_per_second"], cost["prefill_tokens_per_second"]
+    rates = ("decode_tokens_per_second", "prefill_tokens_per_second")
+    own = [cost.get("runtime", {}).get(rate) for rate in rates]
+    decode, prefill = (cost[rate] for rate in rates)
+    names = ("", "") if any(own) else ("decode tokens/s", "prefill tokens/s")
     rows = [
         ("parameters, whole model", "parameters", params, units.count),
         (f"bytes in {compression['dtype']}", "bytes", compression.get("bytes"), units.size),
-        ("decode, tokens/s in transformers", "decode tokens/s", decode, units.rounded),
-        ("prefill, tokens/s in transformers", "prefill tokens/s", prefill, units.rounded),
+        ("decode, tokens/s in `generate`", "decode tokens/s", own[0], units.rounded),
+        ("prefill, tokens/s in `generate`", "prefill tokens/s", own[1], units.rounded),
+        ("decode, tokens/s in transformers", names[0], decode, units.rounded),
+        ("prefill, tokens/s in transformers", names[1], prefill, units.rounded),
         ("FLOPs per decoded token", "", cost.get("flops_per_token"), units.count),
     ]
     return [

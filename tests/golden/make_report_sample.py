@@ -205,6 +205,10 @@ def cost() -> dict[str, Any]:
         "peak_device_bytes": None,
         "decode_tokens_per_second": {"dense": 22.8, "converted": 19.6},
         "prefill_tokens_per_second": {"dense": 412.0, "converted": 455.0},
+        "runtime": {
+            "decode_tokens_per_second": {"dense": 33.9, "converted": 37.4},
+            "prefill_tokens_per_second": {"dense": 470.0, "converted": 521.0},
+        },
         "flops_per_token": {"dense": 269_029_632, "converted": 232_103_424},
     }
 

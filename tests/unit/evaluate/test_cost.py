@@ -13,9 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from qll.evaluate import (
     bytes_by_dtype,
+    cost_of_pair,
     count_params,
     decode_tokens_per_second,
     forward_flops,
+    pair,
     peak_device_bytes,
     peak_rss_bytes,
     prefill_tokens_per_second,
@@ -141,3 +143,23 @@ def test_peak_memory_is_in_bytes():
     installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert held.nbytes < peak_rss_bytes() < installed
     assert peak_device_bytes("cpu") == 0
+
+
+def test_rates_of_generate_stand_beside_those_of_transformers(tiny_llama, converted):
+    cost = cost_of_pair(tiny_llama, converted)
+    for rates in (cost, cost["runtime"]):
+        for phase in ("decode", "prefill"):
+            found = rates[f"{phase}_tokens_per_second"]
+            assert set(found) == {"dense", "converted"}
+            assert all(0 < rate < math.inf for rate in found.values())
+
+
+def test_what_the_runtime_cannot_do_is_a_warning(tiny_llama, converted, monkeypatch, caplog):
+    monkeypatch.setattr(pair, "free_bytes", lambda device: 0)
+    assert "runtime" not in cost_of_pair(tiny_llama, converted)
+    assert "needs 0.0 GB more memory" in caplog.text
+    monkeypatch.undo()
+    rope = {**tiny_llama.config.rope_parameters, "rope_type": "dynamic", "factor": 2.0}
+    monkeypatch.setattr(tiny_llama.config, "rope_parameters", rope)
+    assert "runtime" not in cost_of_pair(tiny_llama, converted)
+    assert "a rotary embedding that changes" in caplog.text
