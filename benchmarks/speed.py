@@ -92,7 +92,10 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     warnings_off()
     sections: dict[str, Callable[[], Any]] = {
-        "smollm2": lambda: smollm2(models(arguments, COMPARED), arguments.rounds),
+        "smollm2": lambda: {
+            **smollm2(models(arguments, COMPARED), arguments.rounds),
+            "predicted_loss": {name: predicted_loss(arguments.work, name) for name in COMPARED},
+        },
         "transformers": lambda: through_transformers(models(arguments, COMPARED), arguments.rounds),
         "batches": lambda: batches(models(arguments, ("keep_0.8", "keep_0.6")), arguments.rounds),
         "same_text": lambda: same_text(models(arguments, ("keep_0.8", "keep_0.6"))),
@@ -132,6 +135,12 @@ def converted(work: Path, name: str) -> Path:
         words += ["--singles", singles]
         qll("convert", *words, *calibration, "--moments", moments, "--out", work / name)
     return folder
+
+
+def predicted_loss(work: Path, name: str) -> float:
+    """What the plan of a model expects its blocks to lose, in nats per token."""
+    entries = json.loads((work / name / "plan.json").read_text())["entries"]
+    return sum(item["predicted_loss"] for item in entries if ".layers." in item["members"][0])
 
 
 def qll(*words: object) -> None:
