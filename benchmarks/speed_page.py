@@ -46,8 +46,8 @@ def smollm2(found: dict[str, Any]) -> str:
         f"SmolLM2-135M in float32, `qll generate`'s runtime, {found['prompt']} tokens before the "
         f"decoded ones, prefill of {found['prefill']}; targets in brackets. The byte limit is "
         "what the bytes read per token would allow. `_whole` is `--singles dense`: no matrix of "
-        "low rank; `_head` has the embedding, which is the head too, converted as well. Calibrated on "
-        "4,096 tokens: these models are for speed, their quality is in the tables above."
+        "low rank; `_head` has the embedding, which is the head too, converted as well. Calibrated "
+        "on 4,096 tokens: these models are for speed, their quality is in the tables above."
     )
     return f"{text}\n\n{table(head, rows)}"
 
