@@ -28,9 +28,10 @@ SHARES = (0.5, 0.6, 0.7, 0.8, 0.875, 0.95)
 def fit_channels(
     weights: Sequence[Tensor], spec: NetworkSpec, metrics: Sequence[Metric]
 ) -> JointChannels:
-    down, seen = weights[2], metrics[2]
-    kept = _eliminated(down, seen).kept(spec.ranks[0])
+    down = weights[2]
+    kept = _eliminated(down, metrics).kept(spec.ranks[0])
     gate, up, last = part_specs(spec)
+    seen = metrics[2]
     inside = Metric(seen.kind, seen.left, block_of(seen.right, kept))
     fitted = fit_part(regression(down, seen.right, kept), last, inside)
     del seen, inside  # moments of the channels are large: one at a time
@@ -49,7 +50,7 @@ def channel_options(
     step: int,
 ) -> Options:
     model, channels = weights[2].shape
-    elimination = _eliminated(weights[2], metrics[2])
+    elimination = _eliminated(weights[2], metrics)
     losses = elimination.losses.flip(0) * scales[2]
     for kept in range(step, channels + 1, step):
         yield (kept, model, model, model), float(losses[kept])
@@ -83,6 +84,7 @@ def _reader_spectra(
     # those that stay longest first, so that every size is a slice
     rows, kept = rows[order.flip(0)], order.flip(0)
     left = block_of(metric.left, kept)
+    del metric  # where it was read for this call alone, its moment is given back
     gram, found = rows.new_zeros(rows.shape[1], rows.shape[1]), []
     for before, size in itertools.pairwise([0, *sizes]):
         added = rows[before:size]
@@ -96,6 +98,8 @@ def _reader_spectra(
     return found
 
 
-def _eliminated(down: Tensor, metric: Metric) -> Elimination:
-    seen = down if metric.left is None else factor(metric.left).root.mT @ down
-    return eliminate(seen, metric.right)
+def _eliminated(down: Tensor, metrics: Sequence[Metric]) -> Elimination:
+    """The channels in the order they go, in the metric of the member that reads them."""
+    left = metrics[2].left
+    seen = down if left is None else factor(left).root.mT @ down
+    return eliminate(seen, metrics[2].right)

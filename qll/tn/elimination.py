@@ -67,6 +67,7 @@ def eliminate(
         order = columns.square().sum(0).argsort(stable=True)
         return Elimination(order, columns[:, order].mT.contiguous())
     columns, precision = columns.clone(), _inverse(moment.to("cpu", torch.float64))
+    del moment  # of use no more, and large: given back if the caller has not kept it
     inputs = torch.arange(columns.shape[1])
     batch = max(1, math.ceil(SHARE * len(inputs)))
     alive = torch.ones(len(inputs), dtype=torch.bool)
@@ -87,7 +88,7 @@ def eliminate(
         # those that are gone are zeros by now; copying the rest each time would cost more
         if int(alive.sum()) <= CROWDED * len(alive):
             rest = alive.nonzero()[:, 0]
-            columns, precision = columns[:, rest], precision[rest][:, rest]
+            columns, precision = columns[:, rest], precision[rest[:, None], rest]
             inputs, alive = inputs[rest], alive[rest]
     return Elimination(torch.cat(gone), torch.cat(residuals))
 
