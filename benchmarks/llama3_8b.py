@@ -2,6 +2,8 @@
 
     python benchmarks/llama3_8b.py --work /data/llama3_8b             all 32 blocks, hours
     python benchmarks/llama3_8b.py --work /data/llama3_8b --blocks 8  a stand-in of 8 blocks
+    python benchmarks/llama3_8b.py --work /data/llama3_8b --blocks 1 --metric kfac --format auto \
+        --context 2048 --result benchmarks/results/llama3_8b_kfac.json
 
 Makes a stand-in with `make_llama` in WORK (or takes --model), runs `main.py convert` on it as a
 process while its memory is sampled, then `main.py verify`. A run that was stopped goes on where it
@@ -41,6 +43,9 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a stand-in that is there already")
     parser.add_argument("--shape", choices=SHAPES, default="llama3-8b")
     parser.add_argument("--blocks", type=int, help="fewer blocks than the original")
+    parser.add_argument("--metric", default="activation")
+    parser.add_argument("--format", default="lowrank")
+    parser.add_argument("--context", type=int, default=CONTEXT, help="tokens of a window")
     parser.add_argument("--result", type=Path, default=RESULT)
     arguments = parser.parse_args()
     shape = SHAPES[arguments.shape].with_blocks(arguments.blocks)
@@ -48,20 +53,21 @@ def main() -> None:
     if not (source / "config.json").is_file() and not (source / "params.json").is_file():
         store.remove(source)
         make_llama.make(shape, "hf", source)
-    out = arguments.work / f"converted-{shape.n_layers}"
+    kind = f"{arguments.metric}-{arguments.format}-{arguments.context}"
+    out = arguments.work / f"converted-{shape.n_layers}-{kind}"
     attempts = out.with_suffix(".attempts.jsonl")
     store.make_folder(arguments.work)
-    measured(conversion(source, out), attempts, "convert")
+    measured(conversion(source, out, arguments), attempts, "convert")
     measured(["verify", "--model", str(out / "model")], attempts, "verify")
     store.write_json(arguments.result, result(arguments, shape, source, out, attempts))
     print(arguments.result)
 
 
-def conversion(source: Path, out: Path) -> list[str]:
+def conversion(source: Path, out: Path, arguments: argparse.Namespace) -> list[str]:
     """The words of the conversion after `main.py`."""
     words = ["convert", "--llama_dir", str(source), "--out", str(out), "--keep", str(KEEP)]
-    words += ["--format", "lowrank", "--metric", "activation", "--effort", "fast"]
-    return [*words, "--calib_tokens", str(TOKENS), "--context", str(CONTEXT)]
+    words += ["--format", arguments.format, "--metric", arguments.metric, "--effort", "fast"]
+    return [*words, "--calib_tokens", str(TOKENS), "--context", str(arguments.context)]
 
 
 def measured(words: list[str], attempts: Path, name: str) -> None:
@@ -125,26 +131,28 @@ def result(
         "attempts": sum(line["name"] == "convert" for line in lines),
         "block_params_ratio": round(plan["block_params"] / (plan["budget"] / KEEP), 4),
         "metric_error": {"mean": round(sum(errors) / len(errors), 4), "max": max(errors)},
-        "planner": planned(arguments.shape, shape.n_layers),
+        "planner": planned(arguments, shape.n_layers),
         "settings": {
             "keep": KEEP,
-            "format": "lowrank",
+            "format": arguments.format,
             "gauge": "interpolative",
-            "metric": "activation",
+            "metric": arguments.metric,
             "calib_tokens": TOKENS,
-            "context": CONTEXT,
+            "context": arguments.context,
         },
         "machine": machine(),
         "threads": os.environ.get("OMP_NUM_THREADS", "all"),
         "load_average": [round(value, 2) for value in os.getloadavg()],
         "torch": version("torch"),
-        "command": " ".join(["python benchmarks/llama3_8b.py", f"--blocks {shape.n_layers}"]),
+        "command": f"python benchmarks/llama3_8b.py --blocks {shape.n_layers} --metric "
+        f"{arguments.metric} --format {arguments.format} --context {arguments.context}",
     }
 
 
-def planned(shape: str, blocks: int) -> dict[str, Any] | None:
+def planned(arguments: argparse.Namespace, blocks: int) -> dict[str, Any] | None:
     """What `main.py plan --shape` says about this run, or None when it is not to be had."""
-    words = ["plan", "--shape", shape, "--keep", str(KEEP), "--machine", "cpu2", "--json"]
+    words = ["plan", "--shape", arguments.shape, "--keep", str(KEEP), "--machine", "cpu2"]
+    words += ["--metric", arguments.metric, "--calib_tokens", str(TOKENS), "--json"]
     found = subprocess.run(
         [sys.executable, str(ROOT / "main.py"), *words], capture_output=True, text=True, check=False
     )

@@ -99,7 +99,8 @@ def memory_bytes(state: Run, until: str) -> dict[str, int]:
     stages = {
         "calibrate": block * (2 * stored + width)
         + sums
-        + window * (3 if is_kfac else 1)
+        # the backward pass keeps the block's activations beside their gradients
+        + (window * 3 // 2 if is_kfac else window)
         + (0 if on_disk else streams),
     }
     moments = 8 * d_ff**2 * _squares(state)
