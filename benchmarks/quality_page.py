@@ -95,7 +95,7 @@ def section(result: dict[str, Any]) -> str:
     parts += ["### Equal bytes", BYTES, bits_table(rows, texts)]
     parts += ["### What each part contributes", ablation_words(), ablation_table(rows, texts)]
     parts += ["### A format against the whitened SVD with interpolative storage"]
-    parts += [headline_table(result.get("headline_candidates", []))]
+    parts += [headline_table(result.get("headline_candidates", []), rows)]
     return "\n\n".join(parts)
 
 
@@ -115,7 +115,34 @@ def summary(result: dict[str, Any]) -> str:
         "other halves of the first two, the third is unrelated. One or more seeds; ranges, "
         f"commands, more methods and notes of rows with a {STAR} are on the page below.\n\n"
         + table(head, lines)
+        + headline_summary(result)
     )
+
+
+def headline_summary(result: dict[str, Any]) -> str:
+    """One sentence per text on the format that won, or nothing while there is none."""
+    found = result.get("headline")
+    if found is None or not found["won"]:
+        return ""
+    texts = [
+        f"{text} {span(values['ours'])} instead of {span(values['whitened_interpolative'])}"
+        for text, values in found["texts"].items()
+    ]
+    seeds = len(next(iter(found["texts"].values()))["ours"])
+    return (
+        f"\n\n`--format {found['format']} --effort fast` against activation-whitened SVD with "
+        f"interpolative storage at equal parameters, keep {found['keep']:g}, perplexity over "
+        f"{seeds} seeds: {', '.join(texts)}."
+    )
+
+
+def span(values: list[float]) -> str:
+    """Lowest to highest.
+
+    >>> span([2.0, 1.0])
+    '1.00 to 2.00'
+    """
+    return f"{perplexity(min(values))} to {perplexity(max(values))}"
 
 
 def introduction(result: dict[str, Any], done: int) -> str:
@@ -209,18 +236,20 @@ def changed_flags(flags: tuple[str, ...]) -> list[str]:
     return [word for pair in pairs if pair not in base for word in pair]
 
 
-def headline_table(candidates: list[dict[str, Any]]) -> str:
+def headline_table(candidates: list[dict[str, Any]], rows: dict[str, Any]) -> str:
     """Perplexity per seed of every candidate format beside the baseline's."""
     if not candidates:
         return f"{NOT_RUN.capitalize()}: three seeds of a format and of both baselines are needed."
     head = ["format", "keep", "kept", "text", "QLL", "whitened SVD, interpolative", "lower"]
     lines = []
     for candidate in candidates:
+        method = f"headline_{candidate['format']}"
+        has_note = any("note" in row for row in seeds_of(rows, method, candidate["keep"]))
         for text, found in candidate["texts"].items():
             ours, theirs = found["ours"], found["whitened_interpolative"]
             lines.append(
                 [
-                    candidate["format"],
+                    candidate["format"] + STAR * has_note,
                     f"{candidate['keep']:g}",
                     f"{candidate['params_ratio']:.4f}",
                     text,

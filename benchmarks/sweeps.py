@@ -114,13 +114,12 @@ def in_gauge(name: str, weight: Tensor, metric: Metric, gauge: BlockGauge) -> tu
 
 def rotated(name: str, weight: Tensor, metric: Metric) -> tuple[Tensor, Metric]:
     """Weight and metric with the residual stream in an eigenbasis, strongest direction first."""
-    if name.endswith(WRITERS):
-        basis = torch.linalg.eigh(metric.left).eigenvectors.flip(1)
-        left = torch.diag(torch.linalg.eigvalsh(metric.left).flip(0))
-        return basis.mT @ weight, Metric(metric.kind, left, metric.right)
-    basis = torch.linalg.eigh(metric.right).eigenvectors.flip(1)
-    right = torch.diag(torch.linalg.eigvalsh(metric.right).flip(0))
-    return weight @ basis, Metric(metric.kind, metric.left, right)
+    writes = name.endswith(WRITERS)
+    values, basis = torch.linalg.eigh(metric.left if writes else metric.right)
+    values, basis = torch.diag(values.flip(0)), basis.flip(1)
+    if writes:
+        return basis.mT @ weight, Metric(metric.kind, values, metric.right)
+    return weight @ basis, Metric(metric.kind, metric.left, values)
 
 
 def formats(

@@ -37,7 +37,7 @@ def fit_channels(
     del seen, inside  # moments of the channels are large: one at a time
     own = [
         fit_part(weight[kept], part, _of_channels(metrics[j], kept))
-        for j, (weight, part) in enumerate(zip(weights, (gate, up), strict=False))
+        for j, (weight, part) in enumerate(zip(weights[:2], (gate, up), strict=True))
     ]
     return JointChannels.of_parts(spec, kept, [*own, fitted])
 
@@ -99,7 +99,10 @@ def _reader_spectra(
 
 
 def _eliminated(down: Tensor, metrics: Sequence[Metric]) -> Elimination:
-    """The channels in the order they go, in the metric of the member that reads them."""
+    """The channels in the order they go, in the metric of the member that reads them.
+
+    That metric is read twice, so that nothing here keeps the moment that `eliminate` gives back.
+    """
     left = metrics[2].left
     seen = down if left is None else factor(left).root.mT @ down
     return eliminate(seen, metrics[2].right)

@@ -32,8 +32,10 @@ Options = Iterator[tuple[tuple[int, ...], float]]
 
 def member_scales(weights: Sequence[Tensor], metrics: Sequence[Metric]) -> list[float]:
     """What turns each member's squared error into loss, comparable between matrices."""
+    if metrics[0].kind == "kfac":
+        return [HALF] * len(weights)
     return [
-        HALF if metric.kind == "kfac" else 1.0 / max(metric.norm_squared(weight), 1e-300)
+        1.0 / max(metric.norm_squared(weight), 1e-300)
         for weight, metric in zip(weights, metrics, strict=True)
     ]
 

@@ -12,7 +12,7 @@ every device; `available` says which of the others do.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import torch
 from jaxtyping import Float
@@ -143,6 +143,7 @@ def available(dtype: torch.dtype, device: torch.device) -> list[str]:
     return names
 
 
+@cache
 def coded_kernels(dtype: torch.dtype, device: torch.device) -> list[str]:
     """Kernels for packed matrices of a model of `dtype` on `device`.
 

@@ -172,3 +172,16 @@ def test_a_row_with_a_note_is_starred_and_its_note_is_shown(result):
     assert "- `ours_best/keep0.8/seed0`: made with other defaults" in page
     assert page.count("\n- `") == 1
     assert r"| 1.200\* |" in quality_page.summary(result)
+
+
+def test_the_readme_says_which_format_won_and_how(result):
+    assert "instead of" not in quality_page.summary(result)
+    texts = {"wiki": {"ours": [15.0, 14.0, 16.0], "whitened_interpolative": [20.0, 18.0, 19.5]}}
+    found = {"format": "panels", "keep": 0.8, "won": True, "texts": texts, "params_ratio": 0.8}
+    shown = quality_page.summary(result | {"headline": found})
+    assert "`--format panels --effort fast` against" in shown
+    assert "wiki 14.00 to 16.00 instead of 18.00 to 20.00." in shown
+    assert "instead of" not in quality_page.summary(result | {"headline": {**found, "won": False}})
+    rows = {Cell("headline_panels", 0.8, 0, "").name: {**row(1.5), "note": "older labels"}}
+    page = quality_page.section(result | {"rows": rows, "headline_candidates": [found]})
+    assert r"| panels\* | 0.8 |" in page

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from qll.errors import UsageError
 from qll.runtime import Runtime
-from qll.runtime.kernels import CODED, coded_kernels
+from qll.runtime.kernels import CODED
 from qll.runtime.work import KINDS, held_bytes
 from tests.conftest import make_tiny_llama
 from tests.unit.runtime.conftest import CHOICES, ENTRIES, flat, make_model, make_packed
@@ -167,8 +167,6 @@ def test_codes_run_as_they_are_in_bfloat16(bits, group, ids):
     model = make_packed(bits, group, torch.bfloat16)
     runtime = runtime_of(model, "stored")
     kernels = {type(part) for part in runtime.blocks.modules() if isinstance(part, KINDS)}
-    if not coded_kernels(torch.bfloat16, torch.device("cpu")):
-        pytest.skip("this build of torch has no kernels for codes")
     assert CODED[f"int{bits}"] in kernels
     found = runtime(ids, runtime.cache(2, 24), keep=24).float()
     theirs = (same(model, ids).float() - exact).norm()
