@@ -25,7 +25,7 @@ demo: install
 	$(BIN)/python main.py --effort fast --sae_dir embedded --out runs/demo
 
 test: $(VENV)/.installed-test
-	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

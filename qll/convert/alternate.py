@@ -33,6 +33,7 @@ CG_STEPS = 8
 CG_TOLERANCE = 1e-4
 LEAST_PROBES, MOST_PROBES = 16, 64
 MOST_COUPLED = 4096
+MOST_NUMBERS = 1 << 23  # of probes at a time, so that one product adds up many
 PROBE_SHRINK = 0.02
 
 Pair = tuple[Tensor | None, Tensor | None]
@@ -224,15 +225,19 @@ class Problem:
         # a side longer than the probes can tell apart gets its diagonal only
         left = cores[k].new_zeros((rows, rows) if rows <= MOST_COUPLED else (rows,))
         right = cores[k].new_zeros(length, length)
-        for _ in range(count):
-            noise = [
-                _coloured(torch.randn(wanted.shape, generator=hand, dtype=wanted.dtype), roots)
-                for wanted, roots in zip(self.wanted, self._roots, strict=True)
-            ]
-            probe = as_rows(self._gradient(cores, k, noise), self.group)
-            left += probe @ probe.mT if left.ndim == 2 else probe.square().sum(1)
-            right += probe.mT @ probe
+        for taken in torch.arange(count).split(max(1, MOST_NUMBERS // (rows * length))):
+            probes = torch.stack([self._probe(cores, k, hand) for _ in taken])
+            beside, below = probes.transpose(0, 1).flatten(1), probes.flatten(0, 1)
+            left += beside @ beside.mT if left.ndim == 2 else beside.square().sum(1)
+            right += below.mT @ below
         return _shrunk(left), _shrunk(right)
+
+    def _probe(self, cores: Sequence[Tensor], k: int, hand: torch.Generator) -> Tensor:
+        noise = [
+            _coloured(torch.randn(wanted.shape, generator=hand, dtype=wanted.dtype), roots)
+            for wanted, roots in zip(self.wanted, self._roots, strict=True)
+        ]
+        return as_rows(self._gradient(cores, k, noise), self.group)
 
     @cached_property
     def _roots(self) -> list[tuple[Tensor | None, Tensor | None]]:

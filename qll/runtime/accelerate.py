@@ -2,7 +2,8 @@
 
 For whoever wants transformers' own `generate`: the model stays what it is, attention stays
 transformers', and the numbers stay the same, but a converted matrix costs one or two products and
-no Python around them. For inference: the stored networks are gone afterwards.
+no Python around them, and a norm in float32 on a CPU is that of our own runtime. For inference: the
+stored networks are gone afterwards.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm
 
 from qll.model.groups import TNMember
 from qll.model.layers import TNLinear, TNTiedHead
 from qll.runtime.costs import DeviceCosts, device_costs
 from qll.runtime.llama import Choice, make_site
+from qll.runtime.norm import RMSNorm
 from qll.runtime.program import Site, choose
 from qll.runtime.reading import read_block_mlp, read_matrix
 from qll.tn import JointQueryKey, JointValueOutput
@@ -78,6 +80,8 @@ def accelerate(
         gate_up, down = read_block_mlp(layer.mlp)
         sites = make_site(gate_up, costs, choice), make_site([down], costs, choice)
         layer.mlp = FastMLP(*sites)
+        for name in NORMS:
+            setattr(layer, name, _fast_norm(getattr(layer, name)))
         attention = layer.self_attn
         found = {name: _fast(attention, name, costs, choice) for name in PROJECTIONS}
         for name, module in found.items():
@@ -85,6 +89,7 @@ def accelerate(
         for name in ("qkv", "qkvo", "query_key", "value_output"):
             if hasattr(attention, name):
                 delattr(attention, name)
+    model.model.norm = _fast_norm(model.model.norm)
     if isinstance(model.lm_head, TNLinear | TNTiedHead):
         out = model.lm_head.out_features
         model.lm_head = FastLinear(make_site([read_matrix(model.lm_head)], costs, choice), out)
@@ -92,6 +97,14 @@ def accelerate(
 
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+NORMS = ("input_layernorm", "post_attention_layernorm")
+
+
+def _fast_norm(norm: LlamaRMSNorm) -> nn.Module:
+    # transformers computes lower precisions in float32, which ours does not
+    if norm.weight.dtype != torch.float32 or norm.weight.device.type != "cpu":
+        return norm
+    return RMSNorm(norm.weight, norm.variance_epsilon)
 
 
 def _fast(attention: LlamaAttention, name: str, costs: DeviceCosts, choice: Choice) -> nn.Module:

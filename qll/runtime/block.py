@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Complex, Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention, silu
+from torch.nn.functional import pad, scaled_dot_product_attention, silu
 
 from qll.runtime.norm import RMSNorm
 from qll.runtime.program import Site
@@ -49,6 +49,7 @@ class Block(nn.Module):
         self.sites = nn.ModuleDict(sites)
         self.heads, self.kv_heads = heads
         self.d_head, self.d_key, self.d_value = sizes
+        self.register_buffer("nothing", norms[0].gain.new_zeros(1, 1, 1))
         self.register_buffer("pairs", None if pairs is None else self._of_all_heads(pairs))
 
     @property
@@ -94,20 +95,24 @@ class Block(nn.Module):
         batch, tokens = query.shape[:2]
         scale = self.d_head**-0.5
         if tokens == 1:  # less work than the general kernel starts with
-            grouped = query.reshape(batch, self.kv_heads, -1, self.d_key)
-            scores = (grouped * scale) @ keys.mT
+            grouped = query.reshape(batch * self.kv_heads, -1, self.d_key)
+            keys, values = keys.flatten(0, 1), values.flatten(0, 1)
+            scores = torch.baddbmm(self.nothing, grouped, keys.mT, beta=0, alpha=scale)
             if step.mask is not None:
                 scores = scores.masked_fill(~step.mask, float("-inf"))
-            return (scores.softmax(-1) @ values).reshape(batch, -1)
+            return torch.bmm(scores.softmax(-1), values).reshape(batch, -1)
+        # the fast kernels want keys and values of one length; numbers of 0 change nothing
+        widest = max(self.d_key, self.d_value)
+        key_gap, value_gap = (0, widest - self.d_key), (0, widest - self.d_value)
         mixed = scaled_dot_product_attention(
-            query.transpose(1, 2),
-            keys,
-            values,
+            pad(query.transpose(1, 2), key_gap),
+            pad(keys, key_gap),
+            pad(values, value_gap),
             attn_mask=step.mask,
             is_causal=step.causal,
             scale=scale,
             enable_gqa=self.heads != self.kv_heads,
-        )
+        )[..., : self.d_value]
         return mixed.transpose(1, 2).reshape(batch * tokens, -1)
 
     def _of_all_heads(self, pairs: Tensor) -> Tensor:

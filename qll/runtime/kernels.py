@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
+from itertools import count
+from weakref import WeakValueDictionary
 
 import torch
 from jaxtyping import Float
@@ -56,7 +58,8 @@ class Plain(nn.Module):
 class Packed(nn.Module):
     """x @ W^T in the dtype of W (float32 or bfloat16), W reordered once for oneDNN.
 
-    The reordered tensor is opaque to torch, so it is no buffer: `.to()` leaves it where it is.
+    The reordered tensor is opaque to torch, so it is no buffer: `.to()` leaves it where it is, and
+    a compiled graph reaches it by number.
     """
 
     name = "packed"
@@ -66,12 +69,37 @@ class Packed(nn.Module):
         self.numbers = matrix.numel()
         self.num_bytes = self.numbers * matrix.element_size()
         self.dtype = matrix.dtype
+        self._out, self._number = matrix.shape[0], next(_numbers)
         self._weight = torch.ops.mkldnn._reorder_linear_weight(matrix.contiguous(), 1)
+        _packed[self._number] = self
 
     def forward(self, x: Float[Tensor, "tokens into"]) -> Float[Tensor, "tokens out"]:
         """x W^T, rounded once, at the end."""
+        if torch.compiler.is_compiling():
+            return packed_product(x, self._number, self._out)
+        return self.product(x)
+
+    def product(self, x: Float[Tensor, "tokens into"]) -> Float[Tensor, "tokens out"]:
+        """The same, outside a compiled graph."""
         product = torch.ops.mkldnn._linear_pointwise
         return product(x.to(self.dtype), self._weight, None, "none", [], "").to(x.dtype)
+
+
+_numbers = count()
+_packed: WeakValueDictionary[int, Packed] = WeakValueDictionary()
+
+
+@torch.library.custom_op(
+    "qll::packed_product", mutates_args=(), schema="(Tensor x, int number, int out) -> Tensor"
+)
+def packed_product(x: Tensor, number: int, out: int) -> Tensor:
+    """What `Packed` of this number makes of x: one operation of a compiled graph."""
+    return _packed[number].product(x)
+
+
+@packed_product.register_fake
+def _(x: Tensor, number: int, out: int) -> Tensor:
+    return x.new_empty(x.shape[0], out)
 
 
 class Int4(nn.Module):

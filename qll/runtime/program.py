@@ -57,7 +57,8 @@ class Program(nn.Module):
     def forward(self, x: Float[Tensor, "tokens into"]) -> Float[Tensor, "tokens out"]:
         """All outputs, joined."""
         if self.simple and self.first is not None:
-            return self.first(x)
+            # three modules inside each other cost as much as a small product: no calls with hooks
+            return self.first.forward(x)
         bonds = self._bonds(x)
         found = [tail(x, bond) for tail, bond in zip(self.tails, bonds, strict=True)]
         return arranged(list(itertools.chain.from_iterable(found)))
@@ -144,7 +145,7 @@ class Site(nn.Module):
 
     def forward(self, x: Float[Tensor, "tokens into"]) -> Float[Tensor, "tokens out"]:
         """All outputs, joined."""
-        return self.program(x.shape[0])(x)
+        return self.program(x.shape[0]).forward(x)
 
 
 def choose(

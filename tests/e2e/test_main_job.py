@@ -242,6 +242,8 @@ def test_interrupt_is_resumable(tiny_checkpoint, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # a test run in the background of a shell is told to ignore it, and so would its children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while process.poll() is None and not (tmp_path / "o" / "run.json").exists():
         time.sleep(0.05)

@@ -129,12 +129,14 @@ def test_limits(ids):
 
 # run in a process of its own: the type checks of the tests would break the graph
 COMPILED = """
+import dataclasses
 import torch
 from tests.unit.runtime.conftest import both, flat, make_model
 from qll.runtime import Runtime
 ids = torch.arange(24).reshape(2, 12)
-for name in ("mixed", "inner"):
-    runtime = Runtime.from_model(make_model(name), flat(), choice=both)
+fastest = dataclasses.replace(flat(), products={"packed": flat().products["plain"]})
+for name, costs in (("mixed", flat()), ("inner", fastest)):
+    runtime = Runtime.from_model(make_model(name), costs, choice=both)
     with torch.no_grad():
         plain, fast = runtime.cache(2, 24), runtime.cache(2, 24)
         step = torch.compile(runtime.step, fullgraph=True, backend="aot_eager", dynamic=False)
