@@ -1,69 +1,72 @@
 """A converted model of transformers with its matrices in the forms that run fastest here.
 
-For whoever wants transformers' own `generate`: the model stays what it is, attention stays
-transformers', and the numbers stay the same, but a converted matrix costs one or two products and
-no Python around them, and a norm in float32 on a CPU is that of our own runtime. For inference: the
-stored networks are gone afterwards.
+For whoever wants transformers' own `generate`: the model and its cache stay what they are and the
+numbers stay the same, but a block costs the products of our own runtime and no Python around them.
+For inference: the stored networks are gone afterwards.
 """
 
 from __future__ import annotations
 
-import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
-from transformers import LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm
+from typing import Any
 
-from qll.model.groups import TNMember
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import Cache, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
 from qll.model.layers import TNLinear, TNTiedHead
+from qll.runtime.attention import Attention
 from qll.runtime.costs import DeviceCosts, device_costs
-from qll.runtime.llama import Choice, make_site
+from qll.runtime.llama import Choice, make_site, read_modules
 from qll.runtime.norm import RMSNorm
 from qll.runtime.program import Site, choose
-from qll.runtime.reading import read_block_mlp, read_matrix
-from qll.tn import JointQueryKey, JointValueOutput
+from qll.runtime.reading import read_matrix
+
+NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
-class FastLinear(nn.Module):
-    """A matrix on vectors of any batch shape; channels that a format dropped come back as zeros.
+class FastHead(nn.Module):
+    """The output head on vectors of any batch shape."""
 
-    taken: the places of the input that are read; placed: where the outputs go among `out`.
-    """
-
-    def __init__(
-        self,
-        site: Site,
-        out: int,
-        taken: Int[Tensor, " into"] | None = None,
-        placed: Int[Tensor, " rows"] | None = None,
-    ) -> None:
+    def __init__(self, site: Site) -> None:
         super().__init__()
-        self.site, self.out_features = site, out
-        self.register_buffer("taken", taken, persistent=False)
-        self.register_buffer("placed", placed, persistent=False)
+        self.site = site
 
-    def forward(self, x: Float[Tensor, "*batch into"]) -> Float[Tensor, "*batch out"]:
+    def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:
         """W x for every vector x."""
-        flat = x.reshape(-1, x.shape[-1])
-        found = self.site(flat if self.taken is None else flat.index_select(1, self.taken))
-        if self.placed is not None:
-            full = found.new_zeros(found.shape[0], self.out_features)
-            found = full.index_copy_(1, self.placed, found)
-        return found.reshape(*x.shape[:-1], self.out_features)
+        return self.site(x.reshape(-1, x.shape[-1])).unflatten(0, x.shape[:-1])
 
 
-class FastMLP(nn.Module):
-    """down(silu(gate x) * up x), gate and up in one product."""
+class FastAttention(nn.Module):
+    """Attention in place of transformers' own: its arguments, its cache, no weights given back."""
 
-    def __init__(self, gate_up: Site, down: Site) -> None:
+    def __init__(self, attention: Attention, layer_idx: int) -> None:
         super().__init__()
-        self.gate_up, self.down = gate_up, down
+        self.attention, self.layer_idx = attention, layer_idx
 
-    def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        """The MLP's output."""
-        pieces = self.gate_up.pieces(x.reshape(-1, x.shape[-1]))
-        gate, up = pieces if len(pieces) == 2 else pieces[0].chunk(2, 1)
-        return self.down(nn.functional.silu(gate) * up).reshape(x.shape)
+    def forward(
+        self,
+        hidden_states: Float[Tensor, "batch tokens d_model"],
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        cache: Cache | None = None,
+        past_key_values: Cache | None = None,
+        **_: Any,
+    ) -> tuple[Float[Tensor, "batch tokens d_model"], None]:
+        """The block's attention; `past_key_values` is what older versions call the cache."""
+        cosine, sine = (part[..., : part.shape[-1] // 2] for part in position_embeddings)
+        turns = torch.complex(cosine.float(), sine.float())
+        query, key, value = self.attention.read(hidden_states.flatten(0, 1), turns)
+        cache = past_key_values if cache is None else cache
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        tokens = query.shape[2]
+        causal = attention_mask is None and tokens > 1
+        if causal:  # a cache of fixed length has places behind the tokens
+            key, value = key[:, :, :tokens], value[:, :, :tokens]
+        mixed = self.attention.mix(query, key, value, attention_mask, causal=causal)
+        return mixed.reshape(hidden_states.shape), None
 
 
 @torch.no_grad()
@@ -76,28 +79,15 @@ def accelerate(
     """
     weight = model.model.norm.weight
     costs = device_costs(weight.device, weight.dtype) if costs is None else costs
-    for layer in model.model.layers:
-        gate_up, down = read_block_mlp(layer.mlp)
-        sites = make_site(gate_up, costs, choice), make_site([down], costs, choice)
-        layer.mlp = FastMLP(*sites)
+    for index, layer in enumerate(model.model.layers):
+        attention, layer.mlp = read_modules(layer, costs, choice)
+        layer.self_attn = FastAttention(attention, index)
         for name in NORMS:
             setattr(layer, name, _fast_norm(getattr(layer, name)))
-        attention = layer.self_attn
-        found = {name: _fast(attention, name, costs, choice) for name in PROJECTIONS}
-        for name, module in found.items():
-            setattr(attention, name, module)
-        for name in ("qkv", "qkvo", "query_key", "value_output"):
-            if hasattr(attention, name):
-                delattr(attention, name)
     model.model.norm = _fast_norm(model.model.norm)
     if isinstance(model.lm_head, TNLinear | TNTiedHead):
-        out = model.lm_head.out_features
-        model.lm_head = FastLinear(make_site([read_matrix(model.lm_head)], costs, choice), out)
+        model.lm_head = FastHead(make_site([read_matrix(model.lm_head)], costs, choice))
     return model
-
-
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
 def _fast_norm(norm: LlamaRMSNorm) -> nn.Module:
@@ -105,22 +95,3 @@ def _fast_norm(norm: LlamaRMSNorm) -> nn.Module:
     if norm.weight.dtype != torch.float32 or norm.weight.device.type != "cpu":
         return norm
     return RMSNorm(norm.weight, norm.variance_epsilon)
-
-
-def _fast(attention: LlamaAttention, name: str, costs: DeviceCosts, choice: Choice) -> nn.Module:
-    module = getattr(attention, name)
-    if not isinstance(module, TNLinear | TNMember):
-        return module
-    taken = placed = None
-    if isinstance(module, TNMember):
-        network = module.group.network()
-        out, into = network.spec.members[module.member]
-        if isinstance(network, JointQueryKey):
-            placed = network.places(module.member)
-        elif isinstance(network, JointValueOutput):
-            kept = torch.arange(out if module.member == 0 else into, device=module.weight.device)
-            kept = kept[kept % attention.head_dim < network.spec.ranks[0]]
-            placed, taken = (kept, None) if module.member == 0 else (None, kept)
-    else:
-        out = module.out_features
-    return FastLinear(make_site([read_matrix(module)], costs, choice), out, taken, placed)

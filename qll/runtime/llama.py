@@ -19,7 +19,8 @@ from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from qll.errors import UsageError
-from qll.runtime.block import Block, Step
+from qll.runtime.attention import Attention
+from qll.runtime.block import MLP, Block, Step
 from qll.runtime.cache import Cache
 from qll.runtime.costs import DeviceCosts, device_costs
 from qll.runtime.forms import Form
@@ -80,7 +81,7 @@ class Runtime(nn.Module):
         with torch.no_grad():
             blocks = []
             for index, layer in enumerate(model.model.layers):
-                blocks.append(_block(layer, config, costs, choice, compute))
+                blocks.append(_block(layer, costs, choice, compute))
                 if consume:
                     model.model.layers[index] = nn.Identity()
             head = make_site([read_matrix(model.lm_head)], costs, choice)
@@ -160,28 +161,28 @@ class Runtime(nn.Module):
 
 
 def _block(
-    layer: LlamaDecoderLayer,
-    config: object,
-    costs: DeviceCosts,
-    choice: Choice,
-    compute: torch.dtype,
+    layer: LlamaDecoderLayer, costs: DeviceCosts, choice: Choice, compute: torch.dtype
 ) -> Block:
-    forms = read_block(layer)
-    wanted = {
-        "query_key_value": forms.query_key_value,
-        "output": [forms.output],
-        "gate_up": forms.gate_up,
-        "down": [forms.down],
-    }
-    sites = {name: make_site(candidates, costs, choice) for name, candidates in wanted.items()}
-    gains = (layer.input_layernorm.weight, layer.post_attention_layernorm.weight)
-    return Block(
-        tuple(RMSNorm(gain.detach().to(compute), config.rms_norm_eps) for gain in gains),
-        sites,
-        (config.num_attention_heads, config.num_key_value_heads),
-        (layer.self_attn.head_dim, forms.d_key, forms.d_value),
-        forms.pairs,
+    attention, mlp = read_modules(layer, costs, choice)
+    norms = (layer.input_layernorm, layer.post_attention_layernorm)
+    first, second = (
+        RMSNorm(norm.weight.detach().to(compute), norm.variance_epsilon) for norm in norms
     )
+    return Block((first, second), attention, mlp)
+
+
+def read_modules(
+    layer: LlamaDecoderLayer, costs: DeviceCosts, choice: Choice
+) -> tuple[Attention, MLP]:
+    """Attention and MLP of one block of transformers, in the forms that `choice` keeps."""
+    forms, config = read_block(layer), layer.self_attn.config
+    reading, output, gate_up, down = (
+        make_site(candidates, costs, choice)
+        for candidates in (forms.query_key_value, [forms.output], forms.gate_up, [forms.down])
+    )
+    heads = config.num_attention_heads, config.num_key_value_heads
+    sizes = layer.self_attn.head_dim, forms.d_key, forms.d_value
+    return Attention(reading, output, heads, sizes, forms.pairs), MLP(gate_up, down)
 
 
 def make_site(candidates: list[Candidates], costs: DeviceCosts, choice: Choice) -> Site:

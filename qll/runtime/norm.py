@@ -14,8 +14,8 @@ from torch import Tensor, nn
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * gain, over the last dimension.
 
-    >>> RMSNorm(torch.full((2,), 3.0), 0.0)(torch.tensor([[2.0, 0.0]])).round(decimals=4).tolist()
-    [[4.2426, 0.0]]
+    >>> RMSNorm(torch.full((4,), 3.0), 0.0)(torch.tensor([[2.0, 0.0, 0.0, 0.0]])).tolist()
+    [[6.0, 0.0, 0.0, 0.0]]
     """
 
     def __init__(self, gain: Float[Tensor, " d_model"], eps: float) -> None:

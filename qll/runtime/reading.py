@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from qll.model.groups import TNGroup, TNMember
 from qll.model.layers import TNTiedHead
@@ -70,7 +70,8 @@ def read_block(block: LlamaDecoderLayer) -> BlockForms:
     kv_heads = _length(value, d_head) // d_head
     orders.append(torch.arange(kv_heads * d_value))
     orders = _blocks(reading, orders)
-    gate_up, down = read_block_mlp(mlp)
+    gate_up, down = _members([mlp.gate_proj, mlp.up_proj]), _members([mlp.down_proj])[0]
+    gate_up, down = _share_order(gate_up, down)
     return BlockForms(
         [_permuted(forms, rows) for forms, rows in zip(reading, orders, strict=True)],
         _members([attention.o_proj])[0],
@@ -80,12 +81,6 @@ def read_block(block: LlamaDecoderLayer) -> BlockForms:
         d_key,
         d_value,
     )
-
-
-def read_block_mlp(mlp: LlamaMLP) -> tuple[list[Candidates], Candidates]:
-    """The candidates for gate and up, and for down, which reads channels in the same order."""
-    gate_up, down = _members([mlp.gate_proj, mlp.up_proj]), _members([mlp.down_proj])[0]
-    return _share_order(gate_up, down)
 
 
 def read_matrix(module: nn.Module) -> Candidates:

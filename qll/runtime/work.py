@@ -45,9 +45,9 @@ def work_of(runtime: Runtime, batch: int, tokens: int, context: int) -> Work:
         size += read
         flops += 2 * here * numbers
     for block in runtime.blocks:
-        d_key, d_value = block.d_key, block.d_value
-        size += batch * context * block.kv_heads * (d_key + d_value) * runtime.dtype.itemsize
-        flops += 2 * rows * context * block.heads * (d_key + d_value)
+        kv_heads, d_key, d_value = block.cache_sizes
+        size += batch * context * kv_heads * (d_key + d_value) * runtime.dtype.itemsize
+        flops += 2 * rows * context * block.attention.heads * (d_key + d_value)
     return Work(size, flops)
 
 
