@@ -31,3 +31,22 @@ def test_generate_writes_the_same(ids):
         for model in (make_model("mixed"), accelerate(make_model("mixed"), flat()))
     ]
     assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize("name", ["mixed", "inner"])
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_texts_of_unequal_length_write_the_same(name, cache, ids):
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    settings = {"do_sample": False, "max_new_tokens": 9, "pad_token_id": 0, "attention_mask": mask}
+    slow, fast = make_model(name), accelerate(make_model(name), flat())
+    expected = slow.generate(ids, **settings)
+    assert torch.equal(fast.generate(ids, cache_implementation=cache, **settings), expected)
+
+
+@torch.no_grad()
+def test_lower_precision_stays_as_near_as_transformers_own(ids):
+    exact = make_model("inner")(ids).logits
+    slow = make_model("inner").to(torch.bfloat16)(ids).logits.float()
+    fast = accelerate(make_model("inner").to(torch.bfloat16), flat())(ids).logits.float()
+    assert (fast - exact).norm() <= 1.2 * (slow - exact).norm()
