@@ -23,6 +23,11 @@ VOCAB = 512
 collect_ignore_glob = ["golden/*.py"]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of long tests first, so that no worker is left alone with one at the end."""
+    items.sort(key=lambda item: "e2e" not in item.path.parts)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def few_threads() -> None:
     """Two threads, or one for each worker when tests run side by side."""
