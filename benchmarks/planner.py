@@ -8,7 +8,7 @@ blocks of SmolLM2-135M (bfloat16, one low-rank network per matrix) with one thre
 of every stage are set beside what the closed forms say of the same shape at the measured rates. All
 in processor time, since others may use the machine. Peak memory of a job is that of a process that
 does nothing else. When benchmarks/results/llama3_8b_shape.json is there, its stages are predicted
-too.
+too, at rates measured in the same hour: run that part on the machine that made the file.
 """
 
 from __future__ import annotations
@@ -66,8 +66,10 @@ def main() -> None:
     )
     only = parser.parse_args().only
     results = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    results |= {"machine": machine() | {"threads": 1}, "command": "python benchmarks/planner.py"}
-    results |= {"seed": 0, "versions": versions(), "cpu": cpu_name()}
+    if only != "whole":  # a row with a machine of its own
+        results |= {"machine": machine() | {"threads": 1}, "seed": 0}
+        results |= {"command": "python benchmarks/planner.py", "versions": versions()}
+        results |= {"cpu": cpu_name()}
     if only in (None, "rates"):
         results["rates"] = measure()
         save(results)
@@ -91,7 +93,7 @@ def main() -> None:
         results["runs"][name] = predicted_run(row, CASES[name], known(results["rates"]))
     save(results)
     if only in (None, "whole") and WHOLE_RUN.exists():
-        results["whole_run"] = whole_run(json.loads(WHOLE_RUN.read_text()))
+        results["whole_run"] = whole_run(json.loads(WHOLE_RUN.read_text()), measure())
         save(results)
 
 
@@ -227,8 +229,8 @@ def survival_row(rates: Any) -> dict[str, Any]:
     }
 
 
-def whole_run(run: dict[str, Any]) -> dict[str, Any]:
-    """The stages of the 8B-shape run beside the planner's, which the run's file may hold."""
+def whole_run(run: dict[str, Any], rates: Any) -> dict[str, Any]:
+    """The stages of the 8B-shape run beside the planner's: two workers at these rates."""
     from dataclasses import replace
 
     from qll.scale.machines import machine_of
@@ -237,11 +239,23 @@ def whole_run(run: dict[str, Any]) -> dict[str, Any]:
     from qll.scale.stages import Settings
 
     shape = replace(SHAPES["llama3-8b"], n_layers=int(run["blocks"]))
-    settings = Settings(0.6, "activation", 4096, 512, eval_tokens=0)
-    found = predict(shape, machine_of("cpu2"), settings)
-    predicted = {stage["name"]: stage["seconds"] for stage in found["stages"]}
+    chosen = {name: run["settings"][name] for name in ("keep", "metric", "calib_tokens", "context")}
+    settings = Settings(**chosen, eval_tokens=0)
+    found = predict(shape, replace(machine_of("cpu2"), rates=rates), settings)
+    predicted = {stage["name"]: stage for stage in found["stages"]}
     measured = {name: value for name, value in run["stages"].items() if name in predicted}
-    return {name: compared(float(value), predicted[name]) for name, value in measured.items()}
+    return {
+        "machine": machine(),
+        "rates": rates,
+        "blocks": run["blocks"],
+        "seconds": {
+            name: compared(float(value), predicted[name]["seconds"])
+            for name, value in measured.items()
+        },
+        "memory": compared(
+            float(run["peak_rss_bytes"]), max(predicted[name]["memory"] for name in measured)
+        ),
+    }
 
 
 def one_core(rates: Any) -> Any:

@@ -23,7 +23,8 @@ def section(result: dict[str, Any]) -> str:
         f"lowrank` on {shape}; rates of this machine are measured first. The fixed second of "
         "`calibrate`, the terms of `evaluate` and the constant of memory were set after a look at "
         "such runs. A prediction may miss by a quarter; those that miss by more are bold. "
-        "Survival is of one place of an autoencoder of the 32x set of Llama 3 8B.",
+        "Survival is of one place of an autoencoder of the 32x set of Llama 3 8B. Blocks of that "
+        "model are by the wall clock, at rates of the machine that ran them.",
         "",
         "| what | measured | predicted | predicted / measured |",
         "|---|---|---|---|",
@@ -39,7 +40,16 @@ def section(result: dict[str, Any]) -> str:
         line(f"survival, {tokens} tokens", result["survival"]["seconds"], "s", 1),
         line("memory of survival", result["survival"]["memory"], "GB", 1e9),
     ]
+    if "whole_run" in result:
+        lines += whole_run(result["whole_run"])
     return "\n".join(lines)
+
+
+def whole_run(found: dict[str, Any]) -> list[str]:
+    """Rows of the run at the shape of 8B, by the wall clock."""
+    name = f"{found['blocks']} blocks of Llama 3 8B"
+    rows = [line(f"{stage}, {name}", row, "s", 1) for stage, row in found["seconds"].items()]
+    return [*rows, line(f"memory, {name}", found["memory"], "GB", 1e9)]
 
 
 def line(name: str, row: dict[str, float], unit: str, size: float) -> str:

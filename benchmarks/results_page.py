@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs as a scrip
 from benchmarks import (
     bytelm_page,
     factorise_page,
+    llama3_8b_page,
     planner_page,
     quality_page,
     sae_page,
@@ -29,6 +30,7 @@ SECTIONS = {
     "sae": sae_page.section,
     "speed": speed_page.section,
     "factorise": factorise_page.section,
+    "llama3_8b_shape": llama3_8b_page.section,
     "planner": planner_page.section,
     "bytelm": bytelm_page.section,
 }
