@@ -75,6 +75,7 @@ COMPARED = (
 )
 DRAFTS = ("keep_0.8", "keep_0.5", "keep_0.3")
 CALIB_TOKENS = 4096
+STEPS = 4
 BATCHES = (1, 2, 4, 8, 16, 32)
 SPECULATED = 48
 LENGTHS = (2, 4)
@@ -152,17 +153,18 @@ def smollm2(found: dict[str, LlamaForCausalLM], rounds: int) -> dict[str, Any]:
     """Decode and prefill in our runtime, every model against the dense one."""
     runtimes = {name: Runtime.from_model(model) for name, model in found.items()}
     limits = machine_limits("cpu", torch.float32)
-    decode = race(decode_runs(runtimes, 1), rounds)
+    # short turns: neighbours on the machine come and go within a second
+    decode = race(decode_runs(runtimes, 1, STEPS), rounds * DECODED // STEPS)
     prefill = race(prefill_runs(runtimes), rounds)
     work = {name: work_of(runtime, 1, 1, PROMPT) for name, runtime in runtimes.items()}
     rows = {
         name: {
-            "decode": summary(decode, name, DECODED),
+            "decode": summary(decode, name, STEPS),
             "prefill": summary(prefill, name, PREFILL),
             "bytes_per_token": work[name].bytes,
             "byte_limit": work["dense"].bytes / work[name].bytes,
             "share_of_bandwidth": work[name].bytes
-            * DECODED
+            * STEPS
             / min(decode[name])
             / limits["bandwidth"],
             "forms": forms(runtimes[name]),
@@ -205,8 +207,8 @@ def batches(found: dict[str, LlamaForCausalLM], rounds: int) -> dict[str, Any]:
     runtimes = {name: Runtime.from_model(model) for name, model in found.items()}
     rows: dict[str, Any] = {}
     for batch in BATCHES:
-        times = race(decode_runs(runtimes, batch, steps=4), max(3, rounds // 2))
-        rows[str(batch)] = {name: summary(times, name, 4 * batch) for name in runtimes}
+        times = race(decode_runs(runtimes, batch, steps=STEPS), max(3, rounds // 2))
+        rows[str(batch)] = {name: summary(times, name, STEPS * batch) for name in runtimes}
     return {"rows": rows}
 
 
@@ -268,7 +270,7 @@ def step_costs(
     dense: Runtime, drafts: dict[str, Runtime], batch: int, rounds: int
 ) -> dict[str, Any]:
     """A step of every draft, and checking 2, 3, .. tokens, in steps of the dense model."""
-    runs = decode_runs({"dense": dense, **drafts}, batch, steps=4)
+    runs = decode_runs({"dense": dense, **drafts}, batch, steps=STEPS)
     single = race(runs, rounds)
     checks = {str(count): check_run(dense, batch, count) for count in range(2, 7)}
     several = race({"1": check_run(dense, batch, 1), **checks}, rounds)
