@@ -3,7 +3,10 @@
 import json
 import re
 
-from benchmarks import results_page
+import pytest
+
+from benchmarks import planner, results_page
+from qll.scale.machines import CPU_CORE
 
 
 def test_the_page_and_the_readme_are_generated():
@@ -33,3 +36,15 @@ def test_the_main_job_meets_its_targets():
     }
     assert ratios["default"] <= 1.9
     assert ratios["default"] < ratios["activation_svd_interpolative"] < ratios["svd"]
+
+
+def test_the_8b_run_is_within_its_memory_and_the_planner_sees_its_settings():
+    run = json.loads((results_page.RESULTS / "llama3_8b_shape.json").read_text())
+    assert run["blocks"] >= 8
+    assert run["peak_rss_bytes"] <= 8e9
+    assert run["bytes_out"] < run["bytes_in"]
+    found = planner.whole_run(run, CPU_CORE)
+    assert set(found["seconds"]) == set(run["stages"])
+    wider = planner.whole_run(run | {"blocks": 2 * run["blocks"]}, CPU_CORE)
+    ratio = wider["seconds"]["plan"]["predicted"] / found["seconds"]["plan"]["predicted"]
+    assert ratio == pytest.approx(2)
