@@ -15,8 +15,10 @@ MOMENT_PASSES = 12  # times a second moment moves through memory on its way to a
 MATRIX_PASSES = 12  # and a weight, from the file to a network
 TEXT_SECONDS = 1.0  # to read and tokenise the built-in texts
 LOGIT_BYTES = 450.0  # that move for a logit of both models until they are compared
-# qll.evaluate.speed measures decoding and prefill of both models so often, on so many tokens
+# qll.evaluate.speed measures decoding and prefill of both models so often, on so many tokens,
 REPEATS, DECODED, PROMPT = 4, 32, 512 + 64
+# and qll.evaluate.pair those of `generate`, whose limits take so many seconds to measure
+TURNS, STEPS, READ, LIMIT_SECONDS = 4, 16, 512, 2.0
 CALLS = 3.5  # overhead of a dense block and of a converted one, in dense blocks
 QR_LIMIT = 3e10  # rows x rank^2 beyond which pivots come from an LU (qll.tn.gauge)
 
@@ -128,16 +130,16 @@ def evaluate(shape: Shape, settings: Settings) -> list[Operation]:
     """Both models over the texts, their logits compared, and the rates of both measured."""
     tokens, both = settings.texts * settings.eval_tokens, 1 + settings.keep
     head = shape.d_vocab * shape.d_model
-    steps = REPEATS * DECODED
+    steps = REPEATS * DECODED + TURNS * STEPS
     weights = both * shape.n_layers * shape.block_params + 2 * head
     return [
         _passes(shape, tokens, 1024, both).times(shape.n_layers),
         Operation("forward", 4.0 * tokens * head, shape.d_model),
         Operation("bytes", LOGIT_BYTES * tokens * shape.d_vocab),
-        _passes(shape, REPEATS * PROMPT, 512, both).times(shape.n_layers),
+        _passes(shape, REPEATS * PROMPT + (TURNS + 1) * READ, 512, both).times(shape.n_layers),
         Operation("vector", 2.0 * steps * weights, shape.d_model),
         Operation("calls", CALLS * steps * shape.n_layers),
-        Operation("fixed", TEXT_SECONDS),
+        Operation("fixed", TEXT_SECONDS + LIMIT_SECONDS),
     ]
 
 
