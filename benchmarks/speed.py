@@ -154,7 +154,7 @@ def smollm2(found: dict[str, LlamaForCausalLM], rounds: int) -> dict[str, Any]:
     runtimes = {name: Runtime.from_model(model) for name, model in found.items()}
     limits = machine_limits("cpu", torch.float32)
     # short turns: neighbours on the machine come and go within a second
-    decode = race(decode_runs(runtimes, 1, STEPS), rounds * DECODED // STEPS)
+    decode = race(decode_runs(runtimes, 1, STEPS), rounds * max(1, DECODED // STEPS))
     prefill = race(prefill_runs(runtimes), rounds)
     work = {name: work_of(runtime, 1, 1, PROMPT) for name, runtime in runtimes.items()}
     rows = {
