@@ -99,7 +99,7 @@ def pack(codes: Int[Tensor, "out into"], bits: int) -> UInt8[np.ndarray, "_"]:
     """The codes as a stream of `bits` bits each.
 
     >>> pack(torch.tensor([[-1, 1], [0, 1]]), 4).tolist()
-    [126, 143]
+    [104, 120]
     """
     unsigned = (codes + (1 << (bits - 1)) - 1).numpy().astype(np.uint8).reshape(-1, 1)
     return np.packbits(np.unpackbits(unsigned, axis=1)[:, 8 - bits :])
