@@ -331,7 +331,7 @@ def parse() -> argparse.Namespace:
     """Where models are converted, and what to measure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "speed")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
     names = ["smollm2", "transformers", "batches", "same_text", "speculation", "llama3_8b_block"]
     parser.add_argument("--only", choices=names)

@@ -2,7 +2,8 @@
 
 For whoever wants transformers' own `generate`: the model and its cache stay what they are and the
 numbers stay the same, but a block costs the products of our own runtime and no Python around them.
-For inference: the stored networks are gone afterwards.
+For inference: the stored networks and the single projections, with any hooks on them, are gone
+afterwards.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ def accelerate(
 ) -> LlamaForCausalLM:
     """`model` with fast modules in place of its networks; changed in place and returned.
 
-    costs: of the device; None measures them once and remembers them.
+    costs: of the device; None measures them once and remembers them. Raises UsageError for a
+    linear with a bias.
     """
     weight = model.model.norm.weight
     costs = device_costs(weight.device, weight.dtype) if costs is None else costs
@@ -94,4 +96,4 @@ def _fast_norm(norm: LlamaRMSNorm) -> nn.Module:
     # transformers computes lower precisions in float32, which ours does not
     if norm.weight.dtype != torch.float32 or norm.weight.device.type != "cpu":
         return norm
-    return RMSNorm(norm.weight, norm.variance_epsilon)
+    return RMSNorm(norm.weight.detach(), norm.variance_epsilon)

@@ -174,7 +174,17 @@ def _block(
 def read_modules(
     layer: LlamaDecoderLayer, costs: DeviceCosts, choice: Choice
 ) -> tuple[Attention, MLP]:
-    """Attention and MLP of one block of transformers, in the forms that `choice` keeps."""
+    """Attention and MLP of one block of transformers, in the forms that `choice` keeps.
+
+    Raises UsageError for a linear with a bias.
+    """
+    for name, module in layer.named_modules():
+        if getattr(module, "bias", None) is not None:
+            raise UsageError(
+                "a linear with a bias, which no Llama has",
+                where=name,
+                hint="leave the model to transformers (--runtime transformers)",
+            )
     forms, config = read_block(layer), layer.self_attn.config
     reading, output, gate_up, down = (
         make_site(candidates, costs, choice)

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from qll.errors import UsageError
 from qll.model.layers import NetworkModule
 from qll.runtime import accelerate
+from tests.conftest import make_tiny_llama
 from tests.unit.runtime.conftest import CHOICES, ENTRIES, flat, make_model
 
 
@@ -50,3 +52,9 @@ def test_lower_precision_stays_as_near_as_transformers_own(ids):
     slow = make_model("inner").to(torch.bfloat16)(ids).logits.float()
     fast = accelerate(make_model("inner").to(torch.bfloat16), flat())(ids).logits.float()
     assert (fast - exact).norm() <= 1.2 * (slow - exact).norm()
+
+
+def test_a_bias_is_refused_before_it_is_lost():
+    model = make_tiny_llama(attention_bias=True)
+    with pytest.raises(UsageError, match=r"self_attn\.q_proj: a linear with a bias"):
+        accelerate(model, flat())
