@@ -80,6 +80,8 @@ def train_words(cell: Cell, corpus: Corpus, rate: float) -> list[str]:
     words += ["--max_steps", str(steps), "--batch_size", str(BATCH), "--seq_length", str(CONTEXT)]
     words += ["--val_every", str(steps), "--val_max_chunks", "64", "--eval_bytes", "16384"]
     words += ["--seed", str(cell.seed), *cell.flags]
+    if cell.table == "long":  # where a minute of compiling pays
+        words.append("--compile")
     return [*words, "--set", *settings] if settings else words
 
 

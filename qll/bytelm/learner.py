@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
+from qll.bytelm.compiled import compiled_training
 from qll.bytelm.config import LossConfig
 from qll.bytelm.guard import raise_non_finite
 from qll.bytelm.losses import Objective
@@ -60,6 +61,9 @@ class Learner:
         self.objective = Objective(losses).to(model.embedding.weight.device)
         # made before the blocks are wrapped: the copy is never trained
         self.average = self._averaged() if settings.ema else None
+        if settings.compile:
+            for block in model.blocks:
+                block.forward = compiled_training(block)
         if settings.use_checkpoint:
             for block in model.blocks:
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)

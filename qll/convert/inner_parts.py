@@ -57,7 +57,7 @@ def block_of(moment: Tensor | None, kept: Tensor) -> Tensor | None:
 
 
 def eigenvalues(gram: Tensor) -> Float64[Tensor, "_"]:
-    return eigenvalues_descending(gram.clone()).clamp(min=0)
+    return eigenvalues_descending(gram).clamp(min=0)
 
 
 def menu_of(spec: NetworkSpec, squares: Float64[Tensor, "_"], step: int) -> Menu:
