@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Complex, Float
 from torch import Tensor, nn
 from transformers import Cache, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -19,6 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from qll.model.layers import TNLinear, TNTiedHead
 from qll.runtime.attention import Attention
 from qll.runtime.costs import DeviceCosts, device_costs
+from qll.runtime.direct import Direct
 from qll.runtime.llama import Choice, make_site, read_modules
 from qll.runtime.norm import RMSNorm
 from qll.runtime.program import Site, choose
@@ -27,7 +28,7 @@ from qll.runtime.reading import read_matrix
 NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
-class FastHead(nn.Module):
+class FastHead(Direct):
     """The output head on vectors of any batch shape."""
 
     def __init__(self, site: Site) -> None:
@@ -36,15 +37,31 @@ class FastHead(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:
         """W x for every vector x."""
-        return self.site(x.reshape(-1, x.shape[-1])).unflatten(0, x.shape[:-1])
+        return self.site.forward(x.reshape(-1, x.shape[-1])).unflatten(0, x.shape[:-1])
 
 
-class FastAttention(nn.Module):
+class Turns:
+    """Rotary embeddings as complex numbers, made once a pass for the attention of all blocks."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Any, Tensor | None] = (None, None)
+
+    def of(self, cosine_sine: tuple[Tensor, Tensor]) -> Complex[Tensor, "batch tokens pairs"]:
+        """Of what transformers hands to every block: the same object within a pass."""
+        known, turns = self._last
+        if known is not cosine_sine:
+            cosine, sine = (part[..., : part.shape[-1] // 2].float() for part in cosine_sine)
+            turns = torch.complex(cosine, sine)
+            self._last = (cosine_sine, turns)
+        return turns
+
+
+class FastAttention(Direct):
     """Attention in place of transformers' own: its arguments, its cache, no weights given back."""
 
-    def __init__(self, attention: Attention, layer_idx: int) -> None:
+    def __init__(self, attention: Attention, layer_idx: int, turns: Turns) -> None:
         super().__init__()
-        self.attention, self.layer_idx = attention, layer_idx
+        self.attention, self.layer_idx, self.turns = attention, layer_idx, turns
 
     def forward(
         self,
@@ -56,8 +73,7 @@ class FastAttention(nn.Module):
         **_: Any,
     ) -> tuple[Float[Tensor, "batch tokens d_model"], None]:
         """The block's attention; `past_key_values` is what older versions call the cache."""
-        cosine, sine = (part[..., : part.shape[-1] // 2] for part in position_embeddings)
-        turns = torch.complex(cosine.float(), sine.float())
+        turns = self.turns.of(position_embeddings)
         query, key, value = self.attention.read(hidden_states.flatten(0, 1), turns)
         cache = past_key_values if cache is None else cache
         if cache is not None:
@@ -81,9 +97,10 @@ def accelerate(
     """
     weight = model.model.norm.weight
     costs = device_costs(weight.device, weight.dtype) if costs is None else costs
+    turns = Turns()
     for index, layer in enumerate(model.model.layers):
         attention, layer.mlp = read_modules(layer, costs, choice)
-        layer.self_attn = FastAttention(attention, index)
+        layer.self_attn = FastAttention(attention, index, turns)
         for name in NORMS:
             setattr(layer, name, _fast_norm(getattr(layer, name)))
     model.model.norm = _fast_norm(model.model.norm)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import torch
 from jaxtyping import Bool, Complex, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from qll.runtime.direct import Direct
 from qll.runtime.program import Site
 
 
-class Attention(nn.Module):
+class Attention(Direct):
     """Projections and mixture of a block's heads."""
 
     def __init__(
@@ -45,7 +46,9 @@ class Attention(nn.Module):
         found = self.query_key_value.forward(x)
         turned = self._turned(found[:, :turning].reshape(batch, tokens, -1, self.d_key), turns)
         value = found[:, turning:].reshape(batch, tokens, self.kv_heads, self.d_value)
-        query, key = turned.to(x.dtype).transpose(1, 2).split((self.heads, self.kv_heads), 1)
+        query, key = (
+            turned.to(x.dtype).transpose(1, 2).split_with_sizes((self.heads, self.kv_heads), 1)
+        )
         return query, key, value.transpose(1, 2)
 
     def mix(

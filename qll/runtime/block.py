@@ -8,10 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from jaxtyping import Bool, Complex, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import silu
 
 from qll.runtime.attention import Attention
+from qll.runtime.direct import Direct
 from qll.runtime.norm import RMSNorm
 from qll.runtime.program import Site
 
@@ -31,7 +32,7 @@ class Step:
     causal: bool
 
 
-class MLP(nn.Module):
+class MLP(Direct):
     """down(silu(gate x) * up x), gate and up in one product."""
 
     def __init__(self, gate_up: Site, down: Site) -> None:
@@ -45,7 +46,7 @@ class MLP(nn.Module):
         return self.down.forward(silu(gate) * up).reshape(x.shape)
 
 
-class Block(nn.Module):
+class Block(Direct):
     """Attention and MLP of one block."""
 
     def __init__(self, norms: tuple[RMSNorm, RMSNorm], attention: Attention, mlp: MLP) -> None:
@@ -75,9 +76,9 @@ class Block(nn.Module):
         self, x: Float[Tensor, "rows d_model"], keys: Tensor, values: Tensor, step: Step
     ) -> Float[Tensor, "rows d_model"]:
         """The block's output; keys and values of these tokens are written into the cache."""
-        query, key, value = self.attention.read(self.first_norm(x), step.turns)
+        query, key, value = self.attention.read(self.first_norm.forward(x), step.turns)
         keys.index_copy_(2, step.positions, key)
         values.index_copy_(2, step.positions, value)
         seen = keys[:, :, : step.window], values[:, :, : step.window]
         x = x + self.attention.mix(query, *seen, step.mask, causal=step.causal)
-        return x + self.mlp(self.second_norm(x))
+        return x + self.mlp.forward(self.second_norm.forward(x))

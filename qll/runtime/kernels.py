@@ -21,6 +21,7 @@ from jaxtyping import Float
 from jaxtyping import Int8 as Codes
 from torch import Tensor, nn
 
+from qll.runtime.direct import Direct
 from qll.tn.packed import Packing, group_axis
 
 INT4_GROUPS = (32, 64, 128, 256)
@@ -31,7 +32,7 @@ CODED_ROWS, CODED_COLUMNS = 16, 32
 FEW = 4
 
 
-class Plain(nn.Module):
+class Plain(Direct):
     """x @ W^T with W as it is.
 
     >>> Plain(torch.eye(2))(torch.ones(1, 2)).tolist()
@@ -48,14 +49,15 @@ class Plain(nn.Module):
 
     def forward(self, x: Float[Tensor, "tokens into"]) -> Float[Tensor, "tokens out"]:
         """x W^T."""
-        if self.weight.dtype == torch.float16 and x.device.type == "cpu" and x.shape[0] > FEW:
-            return nn.functional.linear(x.float(), self.weight.float()).to(x.dtype)
-        if x.dtype == self.weight.dtype:
-            return nn.functional.linear(x, self.weight)
-        return nn.functional.linear(x.to(self.weight.dtype), self.weight).to(x.dtype)
+        weight = self.weight
+        if weight.dtype == torch.float16 and x.device.type == "cpu" and x.shape[0] > FEW:
+            return nn.functional.linear(x.float(), weight.float()).to(x.dtype)
+        if x.dtype == weight.dtype:
+            return nn.functional.linear(x, weight)
+        return nn.functional.linear(x.to(weight.dtype), weight).to(x.dtype)
 
 
-class Packed(nn.Module):
+class Packed(Direct):
     """x @ W^T in the dtype of W (float32 or bfloat16), W reordered once for oneDNN.
 
     The reordered tensor is opaque to torch, so it is no buffer: `.to()` leaves it where it is, and
@@ -81,7 +83,10 @@ class Packed(nn.Module):
 
     def product(self, x: Float[Tensor, "tokens into"]) -> Float[Tensor, "tokens out"]:
         """The same, outside a compiled graph."""
-        product = torch.ops.mkldnn._linear_pointwise
+        # the overload by name: torch would look for it at every call
+        product = torch.ops.mkldnn._linear_pointwise.default
+        if x.dtype == self.dtype:
+            return product(x, self._weight, None, "none", [], "")
         return product(x.to(self.dtype), self._weight, None, "none", [], "").to(x.dtype)
 
 
@@ -102,7 +107,7 @@ def _(x: Tensor, number: int, out: int) -> Tensor:
     return x.new_empty(x.shape[0], out)
 
 
-class Int4(nn.Module):
+class Int4(Direct):
     """x @ W^T with W as 4-bit codes in groups along its rows; x is rounded to bfloat16."""
 
     name = "int4"
@@ -129,7 +134,7 @@ class Int4(nn.Module):
         return product(low, self.codes, self.group, self.scales).to(x.dtype)
 
 
-class Int8(nn.Module):
+class Int8(Direct):
     """x @ W^T with W as 8-bit codes and a scale per row; x is rounded to bfloat16.
 
     >>> codes = torch.full((16, 32), -3, dtype=torch.int8)

@@ -23,6 +23,7 @@ from qll.runtime.attention import Attention
 from qll.runtime.block import MLP, Block, Step
 from qll.runtime.cache import Cache
 from qll.runtime.costs import DeviceCosts, device_costs
+from qll.runtime.direct import Direct
 from qll.runtime.forms import Form
 from qll.runtime.norm import RMSNorm
 from qll.runtime.program import Program, Site, choose
@@ -33,7 +34,7 @@ GROWING_ROPE = ("dynamic", "longrope")
 Choice = Callable[[list[Candidates], DeviceCosts], tuple[list[tuple[Form, ...]], int]]
 
 
-class Runtime(nn.Module):
+class Runtime(Direct):
     """Embedding, blocks, norm and head; call it with ids and a cache."""
 
     def __init__(
@@ -155,9 +156,9 @@ class Runtime(nn.Module):
         step = Step(positions, turns, window, mask, causal)
         x = self.embedding(ids).to(self.dtype).flatten(0, 1)
         for block, keys, values in zip(self.blocks, cache.keys, cache.values, strict=True):
-            x = block(x, keys, values, step)
+            x = block.forward(x, keys, values, step)
         last = x.unflatten(0, ids.shape)[:, -keep:].flatten(0, 1)
-        return self.head(self.norm(last)).reshape(ids.shape[0], keep, -1)
+        return self.head.forward(self.norm.forward(last)).reshape(ids.shape[0], keep, -1)
 
 
 def _block(

@@ -10,8 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from qll.runtime.direct import Direct
 
-class RMSNorm(nn.Module):
+
+class RMSNorm(Direct):
     """x / sqrt(mean(x^2) + eps) * gain, over the last dimension.
 
     >>> RMSNorm(torch.full((4,), 3.0), 0.0)(torch.tensor([[2.0, 0.0, 0.0, 0.0]])).tolist()

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qll.runtime.costs import DeviceCosts, arranged
+from qll.runtime.direct import Direct
 from qll.runtime.forms import Coded, Contracted, Factors, Form, Pivoted, Whole, seconds, stackable
 from qll.runtime.kernels import CODED, KERNELS
 
@@ -26,7 +27,7 @@ from qll.runtime.kernels import CODED, KERNELS
 WORTH = 0.03
 
 
-class Program(nn.Module):
+class Program(Direct):
     """One choice of forms for the matrices of a site; gives their outputs one behind another."""
 
     def __init__(self, forms: Sequence[Form], kernel: str | Callable[[int, int], str]) -> None:
@@ -51,32 +52,32 @@ class Program(nn.Module):
 
     def pieces(self, x: Float[Tensor, "tokens into"]) -> list[Float[Tensor, "tokens _"]]:
         """The output of every matrix."""
-        bonds = self._bonds(x)
-        return [arranged(tail(x, bond)) for tail, bond in zip(self.tails, bonds, strict=True)]
+        return [arranged(parts) for parts in self._parts(x)]
 
     def forward(self, x: Float[Tensor, "tokens into"]) -> Float[Tensor, "tokens out"]:
         """All outputs, joined."""
         if self.simple and self.first is not None:
             # three modules inside each other cost as much as a small product: no calls with hooks
             return self.first.forward(x)
-        bonds = self._bonds(x)
-        found = [tail(x, bond) for tail, bond in zip(self.tails, bonds, strict=True)]
-        return arranged(list(itertools.chain.from_iterable(found)))
+        return arranged(list(itertools.chain.from_iterable(self._parts(x))))
 
-    def _bonds(self, x: Tensor) -> tuple[Tensor, ...]:
+    def _parts(self, x: Tensor) -> list[list[Tensor]]:
+        """The output of every matrix, in parts that lie side by side."""
         if self.first is None:
-            return (x,) * len(self.widths)
-        return self.first(x).split(self.widths, 1)
+            bonds = (x,) * len(self.widths)
+        else:
+            bonds = self.first.forward(x).split_with_sizes(self.widths, 1)
+        return [tail.forward(x, bond) for tail, bond in zip(self.tails, bonds, strict=True)]
 
 
-class _Same(nn.Module):
+class _Same(Direct):
     """The product with x is the output."""
 
     def forward(self, x: Tensor, bond: Tensor) -> list[Tensor]:
         return [bond]
 
 
-class _Left(nn.Module):
+class _Left(Direct):
     """A times the bond."""
 
     def __init__(self, left: nn.Module) -> None:
@@ -84,10 +85,10 @@ class _Left(nn.Module):
         self.left = left
 
     def forward(self, x: Tensor, bond: Tensor) -> list[Tensor]:
-        return [self.left(bond)]
+        return [self.left.forward(bond)]
 
 
-class _Rest(nn.Module):
+class _Rest(Direct):
     """The bond itself is the pivot rows; C times it are the others."""
 
     def __init__(self, rest: nn.Module | None, order: Tensor | None) -> None:
@@ -96,11 +97,11 @@ class _Rest(nn.Module):
         self.register_buffer("order", order)
 
     def forward(self, x: Tensor, bond: Tensor) -> list[Tensor]:
-        pieces = [bond] if self.rest is None else [bond, self.rest(bond)]
+        pieces = [bond] if self.rest is None else [bond, self.rest.forward(bond)]
         return pieces if self.order is None else [arranged(pieces, self.order)]
 
 
-class Network(nn.Module):
+class Network(Direct):
     """A contraction of its own on x."""
 
     def __init__(self, form: Contracted) -> None:
@@ -111,7 +112,7 @@ class Network(nn.Module):
         return [self.form(x)]
 
 
-class _Kernel(nn.Module):
+class _Kernel(Direct):
     """A kernel on x, for matrices whose codes stay packed."""
 
     def __init__(self, kernel: nn.Module) -> None:
@@ -119,25 +120,27 @@ class _Kernel(nn.Module):
         self.kernel = kernel
 
     def forward(self, x: Tensor, bond: Tensor) -> list[Tensor]:
-        return [self.kernel(x)]
+        return [self.kernel.forward(x)]
 
 
-class Site(nn.Module):
+class Site(Direct):
     """The matrices that read one vector of a block, in the cheapest form for every token count."""
 
     def __init__(self, programs: Sequence[Program], few: int) -> None:
         super().__init__()
         self.programs = nn.ModuleList(programs)
         self.few = few
+        # a look into a list of modules costs as much as a small product
+        self._ends = (programs[0], programs[-1])
 
     @property
     def outs(self) -> tuple[int, ...]:
         """Length of every matrix's output."""
-        return self.programs[0].outs
+        return self._ends[0].outs
 
     def program(self, tokens: int) -> Program:
         """What runs for so many tokens."""
-        return self.programs[0 if tokens <= self.few else -1]
+        return self._ends[tokens > self.few]
 
     def pieces(self, x: Float[Tensor, "tokens into"]) -> list[Float[Tensor, "tokens _"]]:
         """The output of every matrix."""

@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from qll.model.blocks import run_block
 from qll.model.dense import sdpa_config
 from qll.scale.work import COUNTS, Rates
+from qll.tn.symmetric import eigenvalues_descending, eigh_descending
 from qll.train.precision import choose_precision
 
 SIZES = (256, 512, 1024, 2048)
@@ -65,8 +66,8 @@ def _rate(kind: str, size: int, repeats: int) -> float:
     actions: dict[str, Callable[[], object]] = {
         "product": lambda: matrix @ squares,
         "cholesky": cholesky,
-        "eigenvalues": lambda: torch.linalg.eigvalsh(squares),
-        "eigenvectors": lambda: torch.linalg.eigh(squares),
+        "eigenvalues": lambda: eigenvalues_descending(squares),
+        "eigenvectors": lambda: eigh_descending(squares.clone()),
         "pivots": lambda: scipy.linalg.qr(tall.T, mode="r", pivoting=True),
         "forward": lambda: narrow @ narrow,
         "coarse": lambda: coarse @ coarse,

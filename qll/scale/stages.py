@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from qll.scale.shapes import Shape
 from qll.scale.work import Operation
+from qll.tn.symmetric import PANEL
 
 MOMENT_PASSES = 12  # times a second moment moves through memory on its way to a root
 MATRIX_PASSES = 12  # and a weight, from the file to a network
@@ -21,6 +22,7 @@ REPEATS, DECODED, PROMPT = 4, 32, 512 + 64
 TURNS, STEPS, READ, LIMIT_SECONDS = 4, 16, 512, 2.0
 CALLS = 3.5  # overhead of a dense block and of a converted one, in dense blocks
 QR_LIMIT = 3e10  # rows x rank^2 beyond which pivots come from an LU (qll.tn.gauge)
+FLOAT32_FROM = 1 << 23  # numbers of a matrix whose errors are float32 (qll.convert.metric)
 
 
 @dataclass(frozen=True)
@@ -60,43 +62,57 @@ def legs(out: int, into: int, settings: Settings) -> list[int]:
     return {"plain": [], "activation": [into], "kfac": [into, out]}[settings.metric]
 
 
-def whiten(out: int, into: int, settings: Settings) -> list[Operation]:
-    """Read a weight and its moments, and see the one through the other."""
-    work = [Operation("bytes", 8.0 * MATRIX_PASSES * out * into)]
-    for leg in legs(out, into, settings):
-        work += [
-            Operation("bytes", 8.0 * MOMENT_PASSES * leg**2),
-            Operation("cholesky", 4 / 3 * leg**3, leg),
-            Operation("product", 2.0 * out * into * leg, min(out, into)),
-        ]
+def gram(out: int, into: int, settings: Settings) -> list[Operation]:
+    """Read a weight and its moments, and make the Gram matrix of its short side in the metric.
+
+    As qll.convert.short_side does: a root of the short side's moment, the long side's as it is.
+    """
+    (short, of_short), (long, of_long) = _sides(out, into, settings)
+    squares = sum(leg**2 for leg in legs(out, into, settings))
+    work = [
+        Operation("bytes", 8.0 * (MATRIX_PASSES * out * into + MOMENT_PASSES * squares)),
+        # half of a symmetric product, in panels
+        Operation("product", float(long * short * (short + min(short, PANEL))), short),
+    ]
+    if of_short:
+        work.append(Operation("cholesky", short**3 / 3, short))
+        work.append(Operation("product", 2.0 * short**2 * long, short))
+    if of_long:
+        work.append(Operation("product", 2.0 * short * long**2, short))
     return work
 
 
 def plan_matrix(out: int, into: int, settings: Settings) -> list[Operation]:
-    """Singular values of a matrix in its metric, from the Gram matrix of its short side."""
+    """Singular values of a matrix in its metric."""
     short = min(out, into)
-    return [
-        *whiten(out, into, settings),
-        Operation("product", 2.0 * out * into * short, short),
-        Operation("eigenvalues", 4 / 3 * short**3, short),
-    ]
+    return [*gram(out, into, settings), Operation("eigenvalues", 4 / 3 * short**3, short)]
 
 
 def fit_matrix(out: int, into: int, settings: Settings) -> list[Operation]:
     """The factors, back out of the metric, in the interpolative gauge, and both errors."""
-    short, r = min(out, into), rank(out, into, settings.keep)
-    sides = legs(out, into, settings)
-    pivots = "pivots" if out * r * r <= QR_LIMIT else "product"
+    (short, of_short), (long, _) = _sides(out, into, settings)
+    r = rank(out, into, settings.keep)
+    pivots = Operation("pivots" if out * r * r <= QR_LIMIT else "product", 2.0 * out * r * r, short)
+    narrow = "forward" if out * into >= FLOAT32_FROM else "product"
+    back = short**2 * r if of_short else 0.0
     return [
-        *whiten(out, into, settings),
-        Operation("product", 2.0 * out * into * (short + 2 * r), short),
+        *gram(out, into, settings),
         Operation("eigenvectors", 9.0 * short**3, short),
-        Operation(
-            "product", sum(2.0 * leg**2 * r + 4.0 * out * into * leg for leg in sides), short
-        ),
-        Operation(pivots, 2.0 * out * r * r, short),
-        Operation("product", 2.0 * r * r * (out + into) + 2 / 3 * r**3, r),
+        Operation("product", back + 2.0 * short * long * r, short),
+        # an orthonormal basis of the left factor, pivots, coefficients, the right factor
+        Operation("product", 4.0 * out * r * r - 4 / 3 * r**3, r),
+        pivots,
+        Operation("product", 2 / 3 * r**3 + 2.0 * r * r * (out - r + into), r),
+        # the error of what is stored
+        Operation("forward", 2.0 * out * into * r, short),
+        Operation(narrow, sum(2.0 * out * into * leg for leg in legs(out, into, settings)), short),
     ]
+
+
+def _sides(out: int, into: int, settings: Settings) -> list[tuple[int, bool]]:
+    """(size, whether it has a moment) of the short and the long side."""
+    sides = [(out, settings.metric == "kfac"), (into, settings.metric != "plain")]
+    return sides if out <= into else sides[::-1]
 
 
 def calibrate(shape: Shape, settings: Settings) -> list[Operation]:
