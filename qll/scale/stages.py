@@ -14,12 +14,15 @@ from qll.tn.symmetric import PANEL
 
 MOMENT_PASSES = 12  # times a second moment moves through memory on its way to a root
 MATRIX_PASSES = 12  # and a weight, from the file to a network
-TEXT_SECONDS = 1.0  # to read and tokenise the built-in texts
+PACK_BYTES = 60.0  # that move until a number of a second moment is in its file
+TEXT_SECONDS = 0.15  # to read and tokenise the built-in texts
 LOGIT_BYTES = 450.0  # that move for a logit of both models until they are compared
+SLOPE_BYTES = 64.0  # and for one whose gradient is wanted
 # qll.evaluate.speed measures decoding and prefill of both models so often, on so many tokens,
 REPEATS, DECODED, PROMPT = 4, 32, 512 + 64
 # and qll.evaluate.pair those of `generate`, whose limits take so many seconds to measure
 TURNS, STEPS, READ, LIMIT_SECONDS = 4, 16, 512, 2.0
+CONTEXT = 1024  # of a window that is scored
 CALLS = 3.5  # overhead of a dense block and of a converted one, in dense blocks
 QR_LIMIT = 3e10  # rows x rank^2 beyond which pivots come from an LU (qll.tn.gauge)
 FLOAT32_FROM = 1 << 23  # numbers of a matrix whose errors are float32 (qll.convert.metric)
@@ -126,10 +129,13 @@ def calibrate(shape: Shape, settings: Settings) -> list[Operation]:
     work = [_passes(shape, tokens, settings.context, passes)]
     for size in [*inputs, *outputs]:
         work.append(Operation("forward", float(tokens * size * (size + 256)), 256))
-        work.append(Operation("bytes", 10.0 * size**2 * windows))
+        work.append(Operation("bytes", (10.0 * windows + PACK_BYTES) * size**2))
     work = [item.times(shape.n_layers) for item in work]
-    head = 2.0 * tokens * shape.d_vocab * shape.d_model * (2 if settings.gradients else 0)
-    return [*work, Operation("forward", head, shape.d_model), Operation("fixed", TEXT_SECONDS)]
+    if settings.gradients:
+        logits = float(tokens * shape.d_vocab)
+        work.append(Operation("forward", 4 * logits * shape.d_model, shape.d_model))
+        work.append(Operation("bytes", SLOPE_BYTES * logits))
+    return [*work, Operation("fixed", TEXT_SECONDS)]
 
 
 def refine(shape: Shape, settings: Settings) -> list[Operation]:
@@ -149,7 +155,7 @@ def evaluate(shape: Shape, settings: Settings) -> list[Operation]:
     steps = REPEATS * DECODED + TURNS * STEPS
     weights = both * shape.n_layers * shape.block_params + 2 * head
     return [
-        _passes(shape, tokens, 1024, both).times(shape.n_layers),
+        _passes(shape, tokens, CONTEXT, both).times(shape.n_layers),
         Operation("forward", 4.0 * tokens * head, shape.d_model),
         Operation("bytes", LOGIT_BYTES * tokens * shape.d_vocab),
         _passes(shape, REPEATS * PROMPT + (TURNS + 1) * READ, 512, both).times(shape.n_layers),
