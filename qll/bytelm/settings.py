@@ -139,8 +139,8 @@ class LearningSettings:
     use_checkpoint: bool = False
     """Compute activations again in the backward pass instead of keeping them."""
     compile: bool = False
-    """Fuse the operations of every block with torch.compile: 1.2 to 1.3 times as fast on two cores,
-    after about a minute of compiling (which needs a C++ compiler on a CPU)."""
+    """Fuse the operations of every block with torch.compile: pays in runs of many minutes, after
+    about one of compiling (which needs a C++ compiler on a CPU)."""
     stages: str = "language_first"
     """Curriculum: language_first (other losses come after 70 % of the run), seed (four stages),
     growth (256 -> 512 -> 768 channels), or a JSON file with a list of stages."""
