@@ -31,6 +31,7 @@ class Attention(Direct):
         self.query_key_value, self.output = query_key_value, output
         self.heads, self.kv_heads = heads
         self.d_head, self.d_key, self.d_value = sizes
+        self.widths = (self.heads + self.kv_heads) * self.d_key, self.kv_heads * self.d_value
         self.register_buffer("pairs", None if pairs is None else self._of_all_heads(pairs))
 
     def read(
@@ -42,10 +43,10 @@ class Attention(Direct):
         """
         tokens = turns.shape[-2]
         batch = x.shape[0] // tokens
-        turning = (self.heads + self.kv_heads) * self.d_key
         found = self.query_key_value.forward(x)
-        turned = self._turned(found[:, :turning].reshape(batch, tokens, -1, self.d_key), turns)
-        value = found[:, turning:].reshape(batch, tokens, self.kv_heads, self.d_value)
+        turning, value = found.split_with_sizes(self.widths, 1)
+        turned = self._turned(turning.reshape(batch, tokens, -1, self.d_key), turns)
+        value = value.reshape(batch, tokens, self.kv_heads, self.d_value)
         query, key = (
             turned.to(x.dtype).transpose(1, 2).split_with_sizes((self.heads, self.kv_heads), 1)
         )

@@ -52,6 +52,8 @@ class Program(Direct):
 
     def pieces(self, x: Float[Tensor, "tokens into"]) -> list[Float[Tensor, "tokens _"]]:
         """The output of every matrix."""
+        if self.simple and self.first is not None:
+            return list(self.first.forward(x).split_with_sizes(self.outs, 1))
         return [arranged(parts) for parts in self._parts(x)]
 
     def forward(self, x: Float[Tensor, "tokens into"]) -> Float[Tensor, "tokens out"]:

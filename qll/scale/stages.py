@@ -12,9 +12,11 @@ from qll.scale.shapes import Shape
 from qll.scale.work import Operation
 from qll.tn.symmetric import PANEL
 
-MOMENT_PASSES = 12  # times a second moment moves through memory on its way to a root
+MOMENT_PASSES = 20  # times a second moment moves through memory on its way to a root
 MATRIX_PASSES = 12  # and a weight, from the file to a network
 PACK_BYTES = 60.0  # that move until a number of a second moment is in its file
+# to open files and list the sizes of a matrix; to write its network and the journal as well
+PLAN_SECONDS, FIT_SECONDS = 0.005, 0.025
 TEXT_SECONDS = 0.15  # to read and tokenise the built-in texts
 LOGIT_BYTES = 450.0  # that move for a logit of both models until they are compared
 SLOPE_BYTES = 64.0  # and for one whose gradient is wanted
@@ -88,7 +90,11 @@ def gram(out: int, into: int, settings: Settings) -> list[Operation]:
 def plan_matrix(out: int, into: int, settings: Settings) -> list[Operation]:
     """Singular values of a matrix in its metric."""
     short = min(out, into)
-    return [*gram(out, into, settings), Operation("eigenvalues", 4 / 3 * short**3, short)]
+    return [
+        *gram(out, into, settings),
+        Operation("eigenvalues", 4 / 3 * short**3, short),
+        Operation("fixed", PLAN_SECONDS),
+    ]
 
 
 def fit_matrix(out: int, into: int, settings: Settings) -> list[Operation]:
@@ -109,6 +115,7 @@ def fit_matrix(out: int, into: int, settings: Settings) -> list[Operation]:
         # the error of what is stored
         Operation("forward", 2.0 * out * into * r, short),
         Operation(narrow, sum(2.0 * out * into * leg for leg in legs(out, into, settings)), short),
+        Operation("fixed", FIT_SECONDS),
     ]
 
 
