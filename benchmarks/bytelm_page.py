@@ -28,6 +28,7 @@ LONG_MEASURES = {
     "transfer_bits_per_byte": "on WikiText-2",
     "parameters": "parameters",
     "bytes": "bytes of training",
+    "seconds": "seconds of training",
 }
 
 
@@ -80,11 +81,12 @@ def long_table(rows: dict[str, Any]) -> str:
     lines = []
     for label in (PLAIN, BEST):
         row = rows.get(Cell("train", "long", label).name, {})
-        numbers = [_number(row.get(measure)) for measure in LONG_MEASURES]
+        found = row | {"seconds": round(row["seconds"])} if "seconds" in row else row
+        numbers = [_number(found.get(measure)) for measure in LONG_MEASURES]
         lines.append([f"{LABELS[label]} (wanted: at most {MUST[label]:.2f})", *numbers])
     compressed = rows.get("baselines/compressors/seed0", {}).get("bits_per_byte", {})
     for name, bits in compressed.items():
-        lines.append([name, f"{bits:.4f}", "", "", ""])
+        lines.append([name, f"{bits:.4f}", *[""] * (len(LONG_MEASURES) - 1)])
     return _table(["model", *LONG_MEASURES.values()], lines)
 
 

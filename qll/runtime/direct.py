@@ -21,8 +21,11 @@ class Direct(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if isinstance(value, nn.Module):
-            self.__dict__[name] = value
+        self.__dict__[name] = value
+
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__(name)
+        self.__dict__.pop(name, None)
 
     def register_buffer(self, name: str, tensor: Any, persistent: bool = True) -> None:
         """As of every module."""
@@ -30,7 +33,7 @@ class Direct(nn.Module):
         self.__dict__[name] = tensor
 
     def _apply(self, fn: Any, recurse: bool = True) -> Direct:
-        # what .to() and its like go through: buffers are exchanged for others
+        # what .to() and its like go through: tensors are exchanged for others
         super()._apply(fn, recurse)
-        self.__dict__.update(self._buffers)
+        self.__dict__.update(self._buffers | self._parameters)
         return self

@@ -52,13 +52,13 @@ class Program(Direct):
 
     def pieces(self, x: Float[Tensor, "tokens into"]) -> list[Float[Tensor, "tokens _"]]:
         """The output of every matrix."""
-        if self.simple and self.first is not None:
+        if self.simple:
             return list(self.first.forward(x).split_with_sizes(self.outs, 1))
         return [arranged(parts) for parts in self._parts(x)]
 
     def forward(self, x: Float[Tensor, "tokens into"]) -> Float[Tensor, "tokens out"]:
         """All outputs, joined."""
-        if self.simple and self.first is not None:
+        if self.simple:
             # three modules inside each other cost as much as a small product: no calls with hooks
             return self.first.forward(x)
         return arranged(list(itertools.chain.from_iterable(self._parts(x))))

@@ -36,6 +36,27 @@ def test_an_exchanged_part_is_the_one_that_is_used():
     module.inner = nn.Identity()
     assert module(torch.full((1, 2), 3.0)).tolist() == [[3.0, 3.0]]
     assert [name for name, _ in module.named_children()] == ["inner"]
+    module.scale = torch.full((2,), 2.0)
+    assert module(torch.full((1, 2), 3.0)).tolist() == [[6.0, 6.0]]
+    assert set(module.state_dict()) == {"scale"}
+
+
+def test_a_part_that_is_taken_away_is_gone():
+    module = Scaled()
+    module.inner = None
+    assert module.inner is None
+    assert not list(module.children())
+    del module.scale
+    assert not hasattr(module, "scale")
+    assert "scale" not in module.state_dict()
+
+
+def test_a_parameter_that_is_moved_is_the_one_that_trains():
+    module = Direct()
+    module.weight = nn.Parameter(torch.ones(2))
+    module.to(torch.float64)
+    assert module.weight is module.get_parameter("weight")
+    assert module.weight.dtype == torch.float64
 
 
 def test_a_copy_has_parts_of_its_own():
