@@ -46,7 +46,6 @@ def main() -> None:
     """Run the rows and write the result file."""
     arguments = parse()
     results = json.loads(RESULT.read_text()) if RESULT.exists() else {"rows": {}}
-    results["machine"] = machine()
     if arguments.only in (None, "demo"):
         results["demo"] = demo()
         save(results)
@@ -120,6 +119,7 @@ def measured(words: list[str], out: Path) -> dict[str, Any]:
         "command": "python main.py " + " ".join(shareable(words)),
         "wall_seconds": round(time.monotonic() - started, 1),
         "peak_rss_bytes": usage.ru_maxrss * 1024,
+        "machine": machine(),
         "seed": report["provenance"]["settings"]["seed"],
         "versions": report["provenance"]["versions"],
         "git": report["provenance"]["git"],

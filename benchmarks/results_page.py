@@ -86,11 +86,10 @@ by the script of the same name, or beside the embedded autoencoders. This page i
 
 def main_job(result: dict[str, Any]) -> str:
     """The section of benchmarks/main_job.py."""
-    machine, demo = result["machine"], result["demo"]
+    demo = result["demo"]
     lines = [
         "## The main job",
-        f"Machine: {machine['cpu']}, {machine['cores']} cores, {machine['platform']}. "
-        f"Again: `python benchmarks/main_job.py --only NAME`.",
+        "Again: `python benchmarks/main_job.py --only NAME`.",
         "",
         f"`make demo` after installation: {demo['wall_seconds'] / 60:.1f} minutes, "
         f"{demo['peak_rss_bytes'] / 1e9:.2f} GB peak memory (limits: 6 minutes, 6 GB).",
@@ -117,12 +116,14 @@ def text_table(title: str, rows: dict[str, Any]) -> str:
     """Perplexity over dense per row and text, with the sizes."""
     texts = list(next(iter(rows.values()))["texts"])
     head = ["run" if title == "demo" else "method", "kept of block linears", "whole model"]
-    head += [f"ppl / dense, {text}" for text in texts] + [f"KL, {texts[0]}", "minutes"]
+    head += [f"ppl / dense, {text}" for text in texts]
+    head += [f"KL, {texts[0]}", "minutes", "machine"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name, row in rows.items():
         cells = [LABELS.get(name, name), f"{row['keep']:.3f}", f"{row['params_ratio']:.3f}"]
         cells += [ratio(row["texts"][text]) for text in texts]
         cells += [f"{row['texts'][texts[0]]['kl']:.3f}", f"{row['wall_seconds'] / 60:.1f}"]
+        cells.append(f"{row['machine']['cpu']}, {row['machine']['cores']} cores")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from qll.errors import UsageError
 from qll.evaluate.cost import bytes_by_dtype, forward_flops
-from qll.evaluate.perplexity import compare
+from qll.evaluate.perplexity import compare, leak
 from qll.evaluate.roofline import measure_rates
 from qll.evaluate.speed import (
     decode_tokens_per_second,
@@ -28,6 +28,8 @@ logger = logging.getLogger("qll.evaluate")
 
 PREFILL_TOKENS, NEW_TOKENS = 512, 16
 ROUNDS = 3
+# Tokens of the window that is checked for a leak of later tokens, and what rounding may change.
+LEAK_TOKENS, LEAK_ROUNDING = 64, 1e-4
 
 
 def quality_of_pair(
@@ -38,7 +40,8 @@ def quality_of_pair(
 ) -> dict[str, Any]:
     """An entry of quality.texts: scores of both models, KL in nats per token, top-1 agreement.
 
-    Raises what `compare` raises.
+    `leak` is what each model's logits know of later tokens (`qll.evaluate.leak`): rounding, or the
+    scores are not to be believed and a warning says so. Raises what `compare` raises.
 
     >>> import torch; from transformers import LlamaConfig, LlamaForCausalLM
     >>> config = LlamaConfig(vocab_size=10, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
@@ -48,12 +51,22 @@ def quality_of_pair(
     4
     """
     result = compare(dense, converted, windows, bytes_scored)
+    leaks = {"dense": leak(dense, windows[0, :LEAK_TOKENS])}
+    leaks["converted"] = leak(converted, windows[0, :LEAK_TOKENS])
+    for name, found in leaks.items():
+        if found > LEAK_ROUNDING:
+            logger.warning(
+                "the %s model sees later tokens (a change of the last one moved earlier logits by "
+                "%.1e of the largest): its perplexity is not to be believed",
+                *(name, found),
+            )
     return {
         "tokens": result["dense"].tokens,
         "dense": asdict(result["dense"]),
         "converted": asdict(result["converted"]),
         "kl": result["kl"],
         "top1_agreement": result["top1_agreement"],
+        "leak": leaks,
     }
 
 

@@ -110,8 +110,8 @@ def compare(
 def leak(model: PreTrainedModel, window: Int[Tensor, " context"]) -> float:
     """How much logits before the last position change when the last token does: 0 if causal.
 
-    The largest absolute difference, relative to the largest logit. A perplexity that looks too
-    good is not believed before this is below rounding (1e-4).
+    The largest absolute difference, relative to the largest logit. A perplexity is not believed
+    unless this is rounding (below 1e-4).
     """
     changed = window.clone()
     changed[-1] = (window[-1] + 1) % model.config.vocab_size

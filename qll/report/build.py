@@ -68,6 +68,7 @@ TEXT = {
     "converted": {"ppl": MAYBE_NUMBER, "bits_per_byte": MAYBE_NUMBER},
     "kl": MAYBE_NUMBER,
     "top1_agreement": MAYBE_NUMBER,
+    "leak?": BOTH,
 }
 
 FEATURES = {

@@ -152,16 +152,20 @@ def _text_card(name: str, text: Mapping[str, Any]) -> dict[str, Any]:
     bits = (
         f"{units.number(dense['bits_per_byte'])} \u2192 {units.number(converted['bits_per_byte'])}"
     )
+    numbers = [
+        ("KL divergence", units.number(text["kl"]), "nats per token, dense to converted"),
+        ("top-1 agreement", units.percent(text["top1_agreement"]), "same most likely token"),
+        ("bits per byte", bits, "dense to converted"),
+    ]
+    if "leak" in text:
+        seen = f"{units.number(text['leak']['dense'])} \u2192 {units.number(text['leak']['converted'])}"
+        numbers.append(("leak of later tokens", seen, "of the largest logit; 0 when causal"))
     return {
         "name": name,
         "tokens": f"{text['tokens']:,}",
         "pair": pair("perplexity", dense["ppl"], converted["ppl"], units.number),
         "ratio": units.times(change),
-        "numbers": [
-            ("KL divergence", units.number(text["kl"]), "nats per token, dense to converted"),
-            ("top-1 agreement", units.percent(text["top1_agreement"]), "same most likely token"),
-            ("bits per byte", bits, "dense to converted"),
-        ],
+        "numbers": numbers,
     }
 
 

@@ -61,6 +61,7 @@ def test_report_counts_are_those_of_the_files(finished):
         assert text["kl"] > 0
         assert 0 <= text["top1_agreement"] <= 1
         assert text["dense"]["ppl"] > 1
+        assert max(text["leak"].values()) < 1e-4
     assert report["provenance"]["settings"]["seed"] == 0
 
 

@@ -177,6 +177,7 @@ def texts() -> dict[str, Any]:
             "converted": {"nll": 3.2213, "ppl": 25.061, "bits_per_byte": 1.0838},
             "kl": 0.5127,
             "top1_agreement": 0.7139,
+            "leak": {"dense": 0.0, "converted": 3.1e-08},
         },
         "python_source": {
             "sha256": "a90d2f6e54b7c1d83e0c66f1b0a7d9c25be4f08a3d17c6b9e2f5408d1c7ab364",
@@ -185,6 +186,7 @@ def texts() -> dict[str, Any]:
             "converted": {"nll": 2.9936, "ppl": 19.957, "bits_per_byte": 1.1417},
             "kl": 0.8035,
             "top1_agreement": 0.6402,
+            "leak": {"dense": 0.0, "converted": 3.1e-08},
         },
     }
 

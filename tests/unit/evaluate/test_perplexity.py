@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qll.errors import NonFiniteError, TextError
-from qll.evaluate import compare, leak, perplexity, score
+from qll.evaluate import compare, leak, perplexity, quality_of_pair, score
 
 WINDOWS, CONTEXT = 3, 20
 
@@ -119,13 +119,17 @@ def test_a_huge_loss_is_cut_with_a_warning(tiny_llama, windows, caplog):
     assert "perplexity cut" in caplog.text
 
 
-def test_causality_check_passes_a_llama_and_catches_a_leak(tiny_llama, windows):
+def test_causality_check_passes_a_llama_and_catches_a_leak(tiny_llama, windows, caplog):
     assert leak(tiny_llama, windows[0]) < 1e-5
     leaking = copy.deepcopy(tiny_llama)
     lookup = leaking.model.embed_tokens.register_forward_hook(
         lambda module, arguments, output: output + 0.1 * output.roll(-1, dims=1)
     )
     assert leak(leaking, windows[0]) > 1e-3
+    found = quality_of_pair(tiny_llama, leaking, windows, 100)["leak"]
+    assert found["dense"] < 1e-5
+    assert found["converted"] > 1e-3
+    assert "the converted model sees later tokens" in caplog.text
     lookup.remove()
     assert leak(leaking, windows[0]) < 1e-5
 

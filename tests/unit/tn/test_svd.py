@@ -7,6 +7,7 @@ import pytest
 import scipy.linalg
 import torch
 
+import qll.tn.svd as svd
 from qll.errors import ConvergenceError, NonFiniteError, UsageError
 from qll.tn.svd import METHODS, discarded_weight, rank_for, singular_values, truncated_svd
 
@@ -67,6 +68,22 @@ def test_rtol_is_kept_with_the_fewest_values(dtype, rtol):
     assert relative_error(matrix.double(), found) <= rtol
     fewer = truncated_svd(matrix, rank=found.s.numel() - 1)
     assert relative_error(matrix.double(), fewer) > rtol
+
+
+@pytest.mark.parametrize("ratio", [0.08, 1e-3])
+def test_large_float32_matrices_lose_no_more_than_the_best(monkeypatch, ratio):
+    """The Gram matrix is in float32 where the kept values are of a size, else in float64."""
+    monkeypatch.setattr(svd, "_WIDE_SIDE", 96)
+    values = torch.cat([torch.ones(1), torch.linspace(1.5 * ratio, ratio / 2, 95)]).double()
+    matrix = with_spectrum(96, 400, values)
+    u, s, vh, weight = truncated_svd(matrix.float(), rank=48)
+    assert u.dtype == torch.float32
+    best = float((values[48:].square().sum() / values.square().sum()).sqrt())
+    error = float(((u.double() * s.double()) @ vh.double() - matrix).norm() / matrix.norm())
+    assert error == pytest.approx(best, rel=1e-5)
+    assert weight == pytest.approx(best**2, rel=1e-3)
+    for gram in (u.mT @ u, vh @ vh.mT):
+        torch.testing.assert_close(gram, torch.eye(48), rtol=0, atol=1e-4)
 
 
 def test_rtol_and_rank_together_take_the_smaller():
