@@ -36,7 +36,7 @@ def section(result: dict[str, Any]) -> str:
 def table(rows: dict[str, Any]) -> list[str]:
     """Seconds, times of ours, excess."""
     lines = ["| method | seconds | times ours | excess | equal error |", "|---|---|---|---|---|"]
-    for name, row in rows.items():
+    for name, row in ((name, rows[name]) for name in LABELS if name in rows):
         if "seconds" not in row:
             stopped = row.get("stopped_after_seconds")
             why = f"more than {stopped}" if stopped else "failed"

@@ -7,7 +7,9 @@ from typing import Any
 MEMORY_LIMIT = 8e9
 
 
-def section(result: dict[str, Any]) -> str:
+def section(
+    result: dict[str, Any], title: str = "## A conversion at the shape of Llama 3 8B"
+) -> str:
     """The text of the section: what was run, seconds per stage, memory, bytes.
 
     >>> row = {"stages": {"plan": 60.0, "convert": 90.0}}
@@ -20,7 +22,7 @@ def section(result: dict[str, Any]) -> str:
     peak = f"{result['peak_rss_bytes'] / 1e9:.2f} GB of its own memory"
     return "\n\n".join(
         [
-            "## A conversion at the shape of Llama 3 8B",
+            title,
             f"Machine: {machine['cpu']}, {machine['cores']} cores, torch {result['torch']}. Again: "
             f"`{result['command']} --work DIR`.",
             f"{result['blocks']} of {result['blocks_of_the_original']} blocks{note}: random "
@@ -34,6 +36,11 @@ def section(result: dict[str, Any]) -> str:
             f"matrices: mean {error['mean']:.3f}, at most {error['max']:.3f} of their norm.",
         ]
     )
+
+
+def other(result: dict[str, Any]) -> str:
+    """The same for another format, metric and context."""
+    return section(result, "### The same with every format and with gradients")
 
 
 def minutes(stages: dict[str, float]) -> str:

@@ -133,7 +133,8 @@ def _squares(state: Run) -> int:
     if has_tree or options.format == "joint_tree":
         return 6 if options.metric == "kfac" else 4
     by_short_side = ("auto", "lowrank", "dense", "joint_channels")
-    return 2 if options.format in by_short_side else 4
+    has_panels = options.format == "auto" and options.singles == "panels"
+    return 2 if options.format in by_short_side and not has_panels else 4
 
 
 def _streams(state: Run) -> tuple[bool, int]:

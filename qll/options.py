@@ -42,11 +42,12 @@ class ConvertOptions:
     sharing: Literal["none", "bonds", "inner", "all"] = "inner"
     """Formats of several matrices offered by auto: joint_tree (bonds), fewer channels between them
     (inner: joint_channels, joint_value_output, joint_query_key), both, or neither."""
-    singles: Literal["dense", "lowrank", "panels"] = "lowrank"
-    """What auto may make of one matrix: leave it whole, also low rank, or also panels (rows or
-    columns in groups with ranks of their own, refitted in --sweeps). With dense every matrix is one
-    product, also those inside --sharing formats: the fastest where starting a product costs as much
-    as reading a small matrix, at a higher loss."""
+    singles: Literal["auto", "dense", "lowrank", "panels"] = "auto"
+    """What --format auto may make of one matrix: leave it whole, also low rank, or also panels
+    (rows or columns in groups with ranks of their own, refitted in --sweeps); auto: low rank, with
+    --effort best panels too. With dense every matrix is one product, also those inside --sharing
+    formats: the fastest where starting a product costs as much as reading a small matrix, at a
+    higher loss."""
     metric: Literal["kfac", "activation", "plain"] = "kfac"
     """Norm in which weights are truncated: K-FAC (inputs and output gradients), inputs, or none."""
     labels: Literal["sampled", "text"] = "sampled"
@@ -166,7 +167,8 @@ class TrainOptions:
     """What is trained after the closed forms; unset numbers follow --effort."""
 
     effort: Literal["fast", "balanced", "best"] = "balanced"
-    """fast: no training; balanced: each block refined; best: refined longer, then healed."""
+    """fast: no training; balanced: each block refined; best: refined longer, then healed, from a
+    plan that has panels (--singles)."""
     refine_passes: int | None = None
     """Passes over the refinement windows per block (fast 0, balanced 2, best 4)."""
     refine_tokens: int = 65536

@@ -158,7 +158,7 @@ def _text_card(name: str, text: Mapping[str, Any]) -> dict[str, Any]:
         ("bits per byte", bits, "dense to converted"),
     ]
     if "leak" in text:
-        seen = f"{units.number(text['leak']['dense'])} \u2192 {units.number(text['leak']['converted'])}"
+        seen = " \u2192 ".join(units.number(text["leak"][side]) for side in ("dense", "converted"))
         numbers.append(("leak of later tokens", seen, "of the largest logit; 0 when causal"))
     return {
         "name": name,

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from qll.config import (
+    ConvertOptions,
     MainConfig,
     TextOptions,
     TrainOptions,
@@ -23,6 +24,16 @@ def test_effort_decides_unset_numbers_only():
     assert 0 == balanced.healing < best.healing
     assert TrainOptions("fast", refine_passes=7, heal_tokens=9).passes == 7
     assert TrainOptions("best", heal_tokens=0).healing == 0
+
+
+def test_effort_decides_what_auto_may_make_of_one_matrix():
+    offered = {effort: MainConfig(train=TrainOptions(effort)) for effort in ("balanced", "best")}
+    assert {name: config.convert.singles for name, config in offered.items()} == {
+        "balanced": "lowrank",
+        "best": "panels",
+    }
+    given = MainConfig(convert=ConvertOptions(singles="dense"), train=TrainOptions("best"))
+    assert given.convert.singles == "dense"
 
 
 @pytest.mark.parametrize(
