@@ -70,7 +70,7 @@ def measured(arguments: argparse.Namespace, seed: int, rate: float, tokens: int)
     windows = mixed_windows(texts, weights, open_tokenizer(source), tokens, CONTEXT, seed)
     dense = load_dense(source, torch.float32, device)
     converted = load(arguments.run / "model", device=device, dtype=torch.float32, verify=False)
-    settings = HealSettings(tokens, rate, precision=choose_precision("auto", device), seed=seed)
+    settings = HealSettings(tokens, (rate,), precision=choose_precision("auto", device), seed=seed)
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as work:
         facts = heal(dense, converted, windows, Path(work), settings)

@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, help="fewer blocks than the original")
     parser.add_argument("--metric", default="activation")
     parser.add_argument("--format", default="lowrank")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="of the calibration")
     parser.add_argument("--context", type=int, default=CONTEXT, help="tokens of a window")
     parser.add_argument("--result", type=Path, default=RESULT)
     arguments = parser.parse_args()
@@ -53,7 +54,8 @@ def main() -> None:
     if not (source / "config.json").is_file() and not (source / "params.json").is_file():
         store.remove(source)
         make_llama.make(shape, "hf", source)
-    kind = f"{arguments.metric}-{arguments.format}-{arguments.context}"
+    windows = f"{arguments.tokens}x{arguments.context}"
+    kind = f"{arguments.metric}-{arguments.format}-{windows}"
     out = arguments.work / f"converted-{shape.n_layers}-{kind}"
     attempts = out.with_suffix(".attempts.jsonl")
     store.make_folder(arguments.work)
@@ -67,7 +69,7 @@ def conversion(source: Path, out: Path, arguments: argparse.Namespace) -> list[s
     """The words of the conversion after `main.py`."""
     words = ["convert", "--llama_dir", str(source), "--out", str(out), "--keep", str(KEEP)]
     words += ["--format", arguments.format, "--metric", arguments.metric, "--effort", "fast"]
-    return [*words, "--calib_tokens", str(TOKENS), "--context", str(arguments.context)]
+    return [*words, "--calib_tokens", str(arguments.tokens), "--context", str(arguments.context)]
 
 
 def measured(words: list[str], attempts: Path, name: str) -> None:
@@ -137,7 +139,7 @@ def result(
             "format": arguments.format,
             "gauge": "interpolative",
             "metric": arguments.metric,
-            "calib_tokens": TOKENS,
+            "calib_tokens": arguments.tokens,
             "context": arguments.context,
         },
         "machine": machine(),
@@ -145,14 +147,15 @@ def result(
         "load_average": [round(value, 2) for value in os.getloadavg()],
         "torch": version("torch"),
         "command": f"python benchmarks/llama3_8b.py --blocks {shape.n_layers} --metric "
-        f"{arguments.metric} --format {arguments.format} --context {arguments.context}",
+        f"{arguments.metric} --format {arguments.format} --tokens {arguments.tokens} "
+        f"--context {arguments.context}",
     }
 
 
 def planned(arguments: argparse.Namespace, blocks: int) -> dict[str, Any] | None:
     """What `main.py plan --shape` says about this run, or None when it is not to be had."""
     words = ["plan", "--shape", arguments.shape, "--keep", str(KEEP), "--machine", "cpu2"]
-    words += ["--metric", arguments.metric, "--calib_tokens", str(TOKENS), "--json"]
+    words += ["--metric", arguments.metric, "--calib_tokens", str(arguments.tokens), "--json"]
     found = subprocess.run(
         [sys.executable, str(ROOT / "main.py"), *words], capture_output=True, text=True, check=False
     )

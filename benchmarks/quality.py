@@ -7,8 +7,8 @@
 
 A cell is one method at one size on one seed (benchmarks/quality_cells.py) and one row of
 results/quality.json, written when it is done; cells that are there are skipped unless --again.
-Peers (benchmarks/peers) replace the weights of the dense model; our rows run main.py, and what is
-scored is the folder it saved. `benchmarks/third_text.py` makes the third text.
+Peers (benchmarks/peers) replace the weights of the dense model; our rows run main.py as far as the
+folder it saves, and that is scored. `benchmarks/third_text.py` makes the third text.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from benchmarks.llama3_8b import stage_seconds
 from benchmarks.main_job import ROOT, machine
 from benchmarks.peers import Case, load_method
 from benchmarks.quality_cells import (
@@ -46,6 +47,7 @@ from benchmarks.quality_cells import (
 )
 from benchmarks.quality_texts import Texts
 from qll import store
+from qll.calibrate import MomentStore
 from qll.convert.units import linear_shapes
 from qll.evaluate import bytes_by_dtype, count_params
 from qll.load import builtin_texts
@@ -134,15 +136,15 @@ def product_row(cell: Cell, texts: Texts) -> dict[str, Any]:
         out = Path(folder) / "run"
         words = product_words(cell, texts)
         words += ["--moments", str(moments.folder), "--out", str(out)]
-        process = [sys.executable, str(ROOT / "main.py"), *words]
+        process = [sys.executable, str(ROOT / "main.py"), "convert", *words]
         subprocess.run(process, check=True, stdout=subprocess.DEVNULL)
         return finished_row(cell, texts, out)
 
 
 def finished_row(cell: Cell, texts: Texts, out: Path) -> dict[str, Any]:
     """The row of a finished run, whose settings and calibration must be those of the cell."""
-    report = json.loads((out / "report.json").read_text())
-    settings = report["provenance"]["settings"]
+    run = json.loads((out / "run.json").read_text())
+    settings = run["settings"]
     flags = dict(zip(cell.flags[::2], cell.flags[1::2], strict=True))
     wanted = {"--keep": f"{cell.keep:g}", "--seed": str(cell.seed), **flags}
     given = settings | settings["convert"] | settings["train"]
@@ -150,19 +152,29 @@ def finished_row(cell: Cell, texts: Texts, out: Path) -> dict[str, Any]:
     if found != wanted:
         raise SystemExit(f"{out} is not a run of {cell.name}: {found} instead of {wanted}")
     windows = texts.windows(cell.seed).long().numpy().tobytes()
-    calibration = report["quality"]["calibration"]["windows_sha256"]
-    if calibration != hashlib.sha256(windows).hexdigest():
+    if calibrated_on(out, settings) != hashlib.sha256(windows).hexdigest():
         raise SystemExit(f"{out} was calibrated on other tokens than {cell.name}")
     model = load(out / "model")
+    seconds, events = stage_seconds(out), store.read_lines(out / "events.jsonl")
+    warnings = [line["message"] for line in events if line.get("event") == "warning"]
     return {
         **block_sizes(model, texts),
         "texts": texts.scores(model),
         "product_command": "python main.py " + shlex.join(shareable(product_words(cell, texts))),
-        "product_git": report["provenance"]["git"],
-        "product_seconds": round(sum(report["cost"]["seconds"].values()), 1),
-        "product_stages": report["cost"]["seconds"],
-        "warnings": report["warnings"],
+        "product_git": run["git"],
+        "product_seconds": round(sum(seconds.values()), 1),
+        "product_stages": seconds,
+        "warnings": list(dict.fromkeys(warnings)),
     }
+
+
+def calibrated_on(out: Path, settings: dict[str, Any]) -> str:
+    """The sha256 of the windows that a run was calibrated on, whether it made a report or not."""
+    if (out / "report.json").is_file():
+        report = json.loads((out / "report.json").read_text())
+        return report["quality"]["calibration"]["windows_sha256"]
+    folder = Path(settings["moments"] or out / "work" / "moments")
+    return MomentStore(folder).summary["windows_sha256"]
 
 
 def product_words(cell: Cell, texts: Texts) -> list[str]:

@@ -64,9 +64,17 @@ class MainConfig:
                 "needs --sae_dir", where="--feature_weight", found=self.convert.feature_weight
             )
         self.blocks_with_sae()
-        if self.convert.singles == "auto":
-            singles = "panels" if self.train.effort == "best" else "lowrank"
-            object.__setattr__(self, "convert", dataclasses.replace(self.convert, singles=singles))
+
+    def resolved(self) -> MainConfig:
+        """The same with what --effort decides about the plan filled in.
+
+        >>> MainConfig(train=TrainOptions("best")).resolved().convert.singles
+        'panels'
+        """
+        if self.convert.singles != "auto":
+            return self
+        singles = "panels" if self.train.effort == "best" else "lowrank"
+        return dataclasses.replace(self, convert=dataclasses.replace(self.convert, singles=singles))
 
     def blocks_with_sae(self) -> list[int]:
         """The block indices of --sae_layers; raises UsageError when they are not integers."""

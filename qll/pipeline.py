@@ -66,6 +66,7 @@ def run(config: MainConfig, until: str = "report") -> Path:
 
     Raises QLLError children for everything a user can mend; see `qll.errors`.
     """
+    config = config.resolved()
     if is_done(config, until):
         print(f"{config.out} is complete; nothing to do", file=sys.stderr)
         return config.out
@@ -117,6 +118,7 @@ def start(config: MainConfig) -> Run:
 
 def dry_run(config: MainConfig) -> str:
     """What `run` would do, in a few lines: model, texts, sizes."""
+    config = config.resolved()
     state = start(config)
     shapes = state.source.specs().values()
     params = sum(spec.nbytes // spec.dtype.itemsize for spec in shapes)

@@ -36,7 +36,7 @@ from qll.load import require_unchanged
 from qll.runfolder import Run, timed
 from qll.runjobs import executor_for
 from qll.runtexts import calibration_windows
-from qll.train import HealSettings, choose_precision, free_bytes, heal, healing_bytes
+from qll.train import RATES, HealSettings, choose_precision, free_bytes, heal, healing_bytes
 
 logger = logging.getLogger("qll.runmodel")
 
@@ -158,7 +158,8 @@ def heal_model(state: Run, plan: Plan, refined: Path | None, trained: Path) -> d
     assemble_folder(state, plan, refined, start, as_float=True)
     dense = load_dense(state.source, torch.float32, state.device)
     converted = load(start, device=state.device, dtype=torch.float32, verify=False)
-    facts = distil(state, "healing", dense, converted, train.healing, train.heal_rate, trained)
+    rates = RATES if train.heal_rate is None else (train.heal_rate,)
+    facts = distil(state, "healing", dense, converted, train.healing, rates, trained)
     save_trained(converted, trained)
     store.write_json(trained / "facts.json", facts)
     store.remove(start)
@@ -166,12 +167,18 @@ def heal_model(state: Run, plan: Plan, refined: Path | None, trained: Path) -> d
 
 
 def distil(
-    state: Run, name: str, dense: Any, converted: Any, tokens: int, rate: float, work: Path
+    state: Run,
+    name: str,
+    dense: Any,
+    converted: Any,
+    tokens: int,
+    rates: tuple[float, ...],
+    work: Path,
 ) -> dict[str, Any]:
     """Train what can be trained of `converted` on the calibration texts; returns the facts."""
     train = state.config.train
     precision = choose_precision(train.precision, state.device)
-    settings = HealSettings(tokens, rate, name=name, precision=precision, seed=state.config.seed)
+    settings = HealSettings(tokens, rates, name=name, precision=precision, seed=state.config.seed)
     windows = calibration_windows(state, tokens, train.train_context)
     return heal(dense, converted, windows, work, settings)
 
@@ -202,7 +209,7 @@ def tune_scales(state: Run, plan: Plan, healed: Path | None, trained: Path) -> d
     dense = load_dense(state.source, torch.float32, state.device)
     converted = load(start, device=state.device, dtype=torch.float32, verify=False)
     make_scales_trainable(converted)
-    facts = distil(state, "tuning", dense, converted, train.tuning, train.tune_rate, trained)
+    facts = distil(state, "tuning", dense, converted, train.tuning, (train.tune_rate,), trained)
     save_trained(converted, trained, tuned_scales(converted))
     store.write_json(trained / "facts.json", facts)
     store.remove(start)

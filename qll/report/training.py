@@ -32,6 +32,8 @@ def training_words(report: Mapping[str, Any]) -> list[str]:
         done = "healed" if heal["kept"] else "healing undone"
         words.append(
             f"{done} on {heal['tokens']:,} tokens: held-out KL {before} to {after} nats per token"
+            if heal["steps"]
+            else f"healing left out: held-out KL {before} rose at every rate"
         )
     if tune := training.get("tune"):
         before, after = (units.number(tune[key]) for key in ("kl_before", "kl_after"))

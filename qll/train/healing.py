@@ -3,15 +3,18 @@
 Every core, matrix left dense and norm gain of the blocks moves; embedding and head stay.
 The loss is KL(dense || converted) per token (Hinton et al. 2015, temperature 1), which needs no
 labels and so cannot learn the calibration text by heart as fast as its next tokens could be.
-Windows are held out: a healing that makes those worse is thrown away.
+Windows are held out: they choose the learning rate, in a short run of each from the start, and a
+healing that makes them worse is thrown away.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,9 @@ logger = logging.getLogger("qll.train")
 HELD_OUT = 16  # one window in so many is not trained on
 MOST_HELD_OUT = 8
 CHECKPOINT_TOKENS = 65536
+# Which rate is best depends on how far the model is from the dense one.
+RATES = (8e-5, 3e-5, 1e-5)
+TRIAL_SHARE = 1 / 16  # of the steps, for each rate
 CHECKPOINT_NAME = "checkpoint.safetensors"
 FROZEN = ("model.embed_tokens.", "lm_head.")
 
@@ -43,8 +49,8 @@ class HealSettings:
 
     tokens: int
     """Tokens to train on, over as many passes as that takes."""
-    rate: float = 8e-5
-    """Highest learning rate."""
+    rates: tuple[float, ...] = RATES
+    """Highest learning rates to try; one alone is taken as it is."""
     name: str = "healing"
     """What it is called in progress and warnings."""
     batch_tokens: int = 1024
@@ -75,20 +81,64 @@ def heal(
 ) -> dict[str, Any]:
     """Train `converted` in place towards `dense`; returns what it did.
 
-    The result has `tokens`, `steps`, `kl_before` and `kl_after` (held-out windows, nats per token)
-    and `kept`: False when training did not help and the parameters were put back. A checkpoint in
-    `work` every 65,536 tokens makes an interrupted call continue with the same numbers. Raises
-    NonFiniteError when the loss is not a number.
+    The result has `tokens`, `steps`, `rate`, `trials` ([rate, held-out KL after a short run] of
+    several rates), `kl_before` and `kl_after` (held-out windows, nats per token) and `kept`: False
+    when training did not help and the parameters were put back. When no short run helps there is
+    no long one. A checkpoint in `work` every 65,536 tokens makes an interrupted call continue with
+    the same numbers. Raises NonFiniteError when the loss is not a number.
     """
     school = _School(dense, converted, windows, settings)
     start = {name: p.detach().clone() for name, p in school.trained.items()}
     path = work / CHECKPOINT_NAME
     store.make_folder(work)
-    done, before = school.restore(path) if path.is_file() else (0, school.held_out_kl())
+    facts = _known_facts(path) if path.is_file() else _first_facts(school, start)
+    best = min(facts["trials"], key=lambda trial: trial[1], default=None)
+    facts |= {"rate": best[0] if best else settings.rates[0], "precision": str(settings.precision)}
+    before = facts["kl_before"]
+    if best and best[1] >= before:
+        logger.warning(
+            "%s was left out: short runs made held-out windows worse (KL %.4f -> %.4f at best)",
+            *(settings.name, before, best[1]),
+        )
+        return {**facts, "tokens": 0, "steps": 0, "kl_after": before, "kept": False}
+    _train(school, path, facts)
+    after = school.held_out_kl()
+    if kept := after < before:
+        logger.info("%s: held-out KL %.4f -> %.4f nats per token", settings.name, before, after)
+    else:
+        school.assign(start)
+        logger.warning(
+            "%s made held-out windows worse (KL %.4f -> %.4f) and was undone",
+            *(settings.name, before, after),
+        )
+    tokens = school.steps * school.step_tokens
+    return {**facts, "tokens": tokens, "steps": school.steps, "kl_after": after, "kept": kept}
+
+
+def _first_facts(school: _School, start: dict[str, Tensor]) -> dict[str, Any]:
+    """Held-out KL before training, and after a short run at each of several rates."""
+    before, trials = school.held_out_kl(), []
+    rates = school.settings.rates if len(school.settings.rates) > 1 else ()
+    for rate in rates:
+        trials.append([rate, school.trial(rate)])
+        school.assign(start)
+    return {"kl_before": before, "trials": trials}
+
+
+def _known_facts(path: Path) -> dict[str, Any]:
+    """What `_first_facts` found before the checkpoint at `path` was saved."""
+    with safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata()["facts"])
+
+
+def _train(school: _School, path: Path, facts: dict[str, Any]) -> None:
+    """All steps at the rate in `facts`, or those that the checkpoint at `path` has not made."""
+    school.prepare(facts["rate"], school.steps)
+    done = school.restore(path) if path.is_file() else 0
     bar = tqdm(
-        total=settings.tokens,
+        total=school.settings.tokens,
         initial=done * school.step_tokens,
-        desc=settings.name,
+        desc=school.settings.name,
         unit="token",
         unit_scale=True,
         file=sys.stderr,
@@ -103,26 +153,9 @@ def heal(
         bar.set_postfix_str(f"KL {loss:.4f}", refresh=False)
         since += school.step_tokens
         if since >= CHECKPOINT_TOKENS:
-            school.save(path, number + 1, before)
+            school.save(path, number + 1, facts)
             since = 0
     bar.close()
-    after = school.held_out_kl()
-    if kept := after < before:
-        logger.info("%s: held-out KL %.4f -> %.4f nats per token", settings.name, before, after)
-    else:
-        school.assign(start)
-        logger.warning(
-            "%s made held-out windows worse (KL %.4f -> %.4f) and was undone",
-            *(settings.name, before, after),
-        )
-    return {
-        "tokens": school.steps * school.step_tokens,
-        "steps": school.steps,
-        "kl_before": before,
-        "kl_after": after,
-        "kept": kept,
-        **{key: str(value) for key, value in asdict(settings).items() if key == "precision"},
-    }
 
 
 class _School:
@@ -161,10 +194,21 @@ class _School:
             parameter.requires_grad_(not frozen)
             if not frozen:
                 self.trained[name] = parameter
-        self.optimiser = Optimiser(list(self.trained.values()), settings.rate, self.steps)
         kind = settings.precision
         self.heads = [_output_matrix(model).detach().to(kind) for model in (converted, dense)]
         self.known: dict[int, Tensor] = {}
+
+    def prepare(self, rate: float, steps: int) -> None:
+        """Begin a run of `steps` at `rate` from the parameters as they are."""
+        self.optimiser = Optimiser(list(self.trained.values()), rate, steps)
+
+    def trial(self, rate: float) -> float:
+        """Held-out KL after a short run at `rate`."""
+        steps = max(1, round(TRIAL_SHARE * self.steps))
+        self.prepare(rate, steps)
+        for batch in islice(self.batches(), steps):
+            self.step(batch)
+        return self.held_out_kl()
 
     def batches(self) -> Iterator[Tensor]:
         """Numbers of the windows of each step: every window once per pass, in a seeded order."""
@@ -205,16 +249,17 @@ class _School:
         for name, value in parameters.items():
             self.trained[name].copy_(value)
 
-    def save(self, path: Path, steps_done: int, kl_before: float) -> None:
-        """Write parameters and optimiser atomically."""
+    def save(self, path: Path, steps_done: int, facts: dict[str, Any]) -> None:
+        """Write parameters, optimiser and what is known so far atomically."""
         tensors = {f"parameter:{name}": p.detach() for name, p in self.trained.items()}
         tensors |= {f"adam:{name}": value for name, value in self.optimiser.tensors().items()}
-        store.write_tensors(path, tensors, {"steps": str(steps_done), "kl_before": repr(kl_before)})
+        known = {key: facts[key] for key in ("kl_before", "trials")}
+        store.write_tensors(path, tensors, {"steps": str(steps_done), "facts": json.dumps(known)})
 
-    def restore(self, path: Path) -> tuple[int, float]:
-        """Read what `save` wrote; returns the steps done and the KL before the first."""
+    def restore(self, path: Path) -> int:
+        """Read what `save` wrote; returns the steps done."""
         with safe_open(path, framework="pt", device=str(self.device)) as file:
-            done, before = int(file.metadata()["steps"]), float(file.metadata()["kl_before"])
+            done = int(file.metadata()["steps"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         split = {"parameter": {}, "adam": {}}
         for name, tensor in tensors.items():
@@ -222,7 +267,7 @@ class _School:
             split[kind][rest] = tensor
         self.assign(split["parameter"])
         self.optimiser.restore(split["adam"], done)
-        return done, before
+        return done
 
     @torch.no_grad()
     def _taught(self, numbers: Tensor) -> Float[Tensor, "batch context d_model"]:

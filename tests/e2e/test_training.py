@@ -33,10 +33,12 @@ def test_best_refines_and_heals_and_says_so(best):
     assert [block["block"] for block in training["refine"]] == [0, 1]
     assert training["heal"]["tokens"] == 4096
     assert {"refine", "heal", "write"} <= {*best["cost"]["seconds"]}
+    # the plan that --effort best stands for
+    assert best["provenance"]["settings"]["convert"]["singles"] == "panels"
 
 
 def test_it_is_nearer_to_the_dense_model_than_the_closed_form(best, tiny_checkpoint, tmp_path):
-    fast = run(tiny_checkpoint, tmp_path / "fast", "--effort", "fast")
+    fast = run(tiny_checkpoint, tmp_path / "fast", "--effort", "fast", "--singles", "panels")
     assert fast["compression"]["training"] == {}
     for name, text in fast["quality"]["texts"].items():
         assert best["quality"]["texts"][name]["kl"] < text["kl"]

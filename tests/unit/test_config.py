@@ -27,13 +27,15 @@ def test_effort_decides_unset_numbers_only():
 
 
 def test_effort_decides_what_auto_may_make_of_one_matrix():
-    offered = {effort: MainConfig(train=TrainOptions(effort)) for effort in ("balanced", "best")}
+    offered = {
+        effort: MainConfig(train=TrainOptions(effort)).resolved() for effort in ("balanced", "best")
+    }
     assert {name: config.convert.singles for name, config in offered.items()} == {
         "balanced": "lowrank",
         "best": "panels",
     }
     given = MainConfig(convert=ConvertOptions(singles="dense"), train=TrainOptions("best"))
-    assert given.convert.singles == "dense"
+    assert given.resolved().convert.singles == "dense"
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,19 @@ def test_the_main_job_meets_its_targets():
     assert ratios["default"] < ratios["activation_svd_interpolative"] < ratios["svd"]
 
 
+def test_factorisation_meets_its_targets_at_equal_error():
+    result = json.loads((results_page.RESULTS / "factorise.json").read_text())
+    assert result["shape"] == [4096, 14336]
+    for rows in result["ranks"].values():
+        assert rows["ours"]["equal_error"]
+        assert rows["ours_activation"]["equal_error"]
+        assert rows["torch_svd"]["seconds"] >= 6 * rows["ours"]["seconds"]
+        assert rows["svd_llm"]["seconds"] >= rows["ours_activation"]["seconds"]
+        equal = [row for name, row in rows.items() if row["equal_error"] and "ours" not in name]
+        assert len(equal) >= 4
+        assert min(row["seconds"] for row in equal) >= rows["ours"]["seconds"]
+
+
 def test_the_8b_run_is_within_its_memory_and_the_planner_sees_its_settings():
     run = json.loads((results_page.RESULTS / "llama3_8b_shape.json").read_text())
     assert run["blocks"] >= 8

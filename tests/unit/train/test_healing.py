@@ -39,7 +39,7 @@ def pair():
 
 
 def settings(**changes) -> HealSettings:
-    return HealSettings(**{"tokens": 4608, "rate": 1e-3, "batch_tokens": 96} | changes)
+    return HealSettings(**{"tokens": 4608, "rates": (1e-3,), "batch_tokens": 96} | changes)
 
 
 def test_it_lowers_the_held_out_divergence(pair, tmp_path):
@@ -58,7 +58,8 @@ def test_interrupted_it_ends_with_the_same_numbers(pair, tmp_path, monkeypatch):
     dense, whole = pair
     broken, resumed = copy.deepcopy(whole), copy.deepcopy(whole)
     monkeypatch.setattr("qll.train.healing.CHECKPOINT_TOKENS", 96)
-    facts = heal(dense, whole, WINDOWS, tmp_path / "a", settings())
+    rates = (1e-3, 1e-4)
+    facts = heal(dense, whole, WINDOWS, tmp_path / "a", settings(rates=rates))
     steps, original = iter(range(10**6)), _School.step
 
     def stop_at_twenty(self, batch):
@@ -68,10 +69,10 @@ def test_interrupted_it_ends_with_the_same_numbers(pair, tmp_path, monkeypatch):
 
     monkeypatch.setattr(_School, "step", stop_at_twenty)
     with pytest.raises(KeyboardInterrupt):
-        heal(dense, broken, WINDOWS, tmp_path / "b", settings())
+        heal(dense, broken, WINDOWS, tmp_path / "b", settings(rates=rates))
     monkeypatch.setattr(_School, "step", original)
     assert (tmp_path / "b" / CHECKPOINT_NAME).is_file()
-    assert heal(dense, resumed, WINDOWS, tmp_path / "b", settings()) == facts
+    assert heal(dense, resumed, WINDOWS, tmp_path / "b", settings(rates=rates)) == facts
     for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, other)
 
@@ -79,9 +80,32 @@ def test_interrupted_it_ends_with_the_same_numbers(pair, tmp_path, monkeypatch):
 def test_harm_is_undone_with_a_warning(pair, tmp_path, caplog):
     dense, converted = pair
     start = copy.deepcopy(converted.state_dict())
-    facts = heal(dense, converted, WINDOWS, tmp_path, settings(rate=3.0))
+    facts = heal(dense, converted, WINDOWS, tmp_path, settings(rates=(3.0,)))
     assert not facts["kept"]
     assert "undone" in caplog.text
+    assert all(torch.equal(start[name], value) for name, value in converted.state_dict().items())
+
+
+def test_the_rate_is_the_best_of_short_runs(pair, tmp_path):
+    dense, converted = pair
+    twin = copy.deepcopy(converted)
+    facts = heal(dense, converted, WINDOWS, tmp_path / "a", settings(rates=(3.0, 1e-3, 1e-5)))
+    tried = dict(facts["trials"])
+    assert tried[1e-3] < tried[1e-5] < facts["kl_before"] < tried[3.0]
+    assert facts["rate"] == 1e-3
+    assert facts["kept"]
+    # the short runs leave no trace
+    alone = heal(dense, twin, WINDOWS, tmp_path / "b", settings())
+    assert alone["kl_after"] == facts["kl_after"]
+
+
+def test_without_a_rate_that_helps_there_is_no_long_run(pair, tmp_path, caplog):
+    dense, converted = pair
+    start = copy.deepcopy(converted.state_dict())
+    facts = heal(dense, converted, WINDOWS, tmp_path, settings(rates=(3.0, 2.0)))
+    assert (facts["kept"], facts["steps"]) == (False, 0)
+    assert facts["kl_after"] == facts["kl_before"]
+    assert "left out" in caplog.text
     assert all(torch.equal(start[name], value) for name, value in converted.state_dict().items())
 
 
