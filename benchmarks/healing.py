@@ -1,7 +1,7 @@
 """What healing does to a refined model, by learning rate and length: held-out KL before and after.
 
     python main.py --keep 0.8 --effort balanced --refine_passes 4 --out runs/refined ...
-    python benchmarks/healing.py --run runs/refined --rates 1e-5 2e-5 4e-5 --tokens 98304 393216
+    python benchmarks/healing.py --run runs/refined --rates 1e-5 2e-5 4e-5 --tokens 98304 262144
 
 Every row starts from the saved model again and trains on the run's own calibration texts. The
 windows that `heal` holds out of them decide; no evaluation text is read. Rows are added to
@@ -84,7 +84,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--llama_dir", type=Path, help="its checkpoint; default: the embedded one")
     parser.add_argument("--calib", nargs="+", required=True, help="files, or texts Python ships")
     parser.add_argument("--rates", nargs="+", type=float, default=[1e-5, 2e-5, 4e-5, 8e-5])
-    parser.add_argument("--tokens", nargs="+", type=int, default=[98304, 393216])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[98304, 262144])
     return parser.parse_args()
 
 
