@@ -29,6 +29,7 @@ from benchmarks import make_llama
 from benchmarks.llama_shapes import SHAPES
 from benchmarks.main_job import machine
 from qll import store
+from qll.runfolder import total_seconds
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "llama3_8b_shape.json"
@@ -123,7 +124,7 @@ def result(
         "peak_rss_counts": "anonymous pages, sampled; mapped files are page cache",
         "bytes_in": weight_bytes(source),
         "bytes_out": weight_bytes(out / "model"),
-        "stages": stage_seconds(out),
+        "stages": total_seconds(out / "events.jsonl"),
         "verify": {
             key: next(
                 line[key] for line in lines if line["name"] == "verify" and not line["status"]
@@ -163,15 +164,6 @@ def planned(arguments: argparse.Namespace, blocks: int) -> dict[str, Any] | None
         return {"blocks_run": blocks, "whole_model": json.loads(found.stdout)}
     except json.JSONDecodeError:
         return None
-
-
-def stage_seconds(out: Path) -> dict[str, float]:
-    """Seconds of every stage, over all attempts."""
-    total: dict[str, float] = {}
-    for line in store.read_lines(out / "events.jsonl"):
-        if line.get("event") == "stage":
-            total[line["stage"]] = round(total.get(line["stage"], 0.0) + line["seconds"], 1)
-    return total
 
 
 def weight_bytes(folder: Path) -> int:

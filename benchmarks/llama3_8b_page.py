@@ -7,9 +7,7 @@ from typing import Any
 MEMORY_LIMIT = 8e9
 
 
-def section(
-    result: dict[str, Any], title: str = "## A conversion at the shape of Llama 3 8B"
-) -> str:
+def section(result: dict[str, Any]) -> str:
     """The text of the section: what was run, seconds per stage, memory, bytes.
 
     >>> row = {"stages": {"plan": 60.0, "convert": 90.0}}
@@ -22,7 +20,7 @@ def section(
     peak = f"{result['peak_rss_bytes'] / 1e9:.2f} GB of its own memory"
     return "\n\n".join(
         [
-            title,
+            "## A conversion at the shape of Llama 3 8B",
             f"Machine: {machine['cpu']}, {machine['cores']} cores, torch {result['torch']}. Again: "
             f"`{result['command']} --work DIR`.",
             f"{result['blocks']} of {result['blocks_of_the_original']} blocks{note}: random "
@@ -36,11 +34,6 @@ def section(
             f"matrices: mean {error['mean']:.3f}, at most {error['max']:.3f} of their norm.",
         ]
     )
-
-
-def other(result: dict[str, Any]) -> str:
-    """The same for another format, metric and context."""
-    return section(result, "### The same with every format and with gradients")
 
 
 def minutes(stages: dict[str, float]) -> str:

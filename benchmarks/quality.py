@@ -34,7 +34,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from benchmarks.llama3_8b import stage_seconds
 from benchmarks.main_job import ROOT, machine
 from benchmarks.peers import Case, load_method
 from benchmarks.quality_cells import (
@@ -52,9 +51,10 @@ from qll.convert.units import linear_shapes
 from qll.evaluate import bytes_by_dtype, count_params
 from qll.load import builtin_texts
 from qll.model import load, load_dense
+from qll.runfolder import total_seconds
 
 RESULT = ROOT / "benchmarks" / "results" / "quality.json"
-# the product scores its result itself; ours here is on the texts and tokens of every row
+# of the main job in the command that a row prints; rows are scored on the tokens of every row
 PRODUCT_EVAL_TOKENS = 2048
 PACKAGES = ("torch", "transformers", "numpy", "scipy", "gguf", "tensorly", "tensorly-torch")
 
@@ -155,8 +155,9 @@ def finished_row(cell: Cell, texts: Texts, out: Path) -> dict[str, Any]:
     if calibrated_on(out, settings) != hashlib.sha256(windows).hexdigest():
         raise SystemExit(f"{out} was calibrated on other tokens than {cell.name}")
     model = load(out / "model")
-    seconds, events = stage_seconds(out), store.read_lines(out / "events.jsonl")
-    warnings = [line["message"] for line in events if line.get("event") == "warning"]
+    events = out / "events.jsonl"
+    seconds, lines = total_seconds(events), store.read_lines(events)
+    warnings = [line["message"] for line in lines if line.get("event") == "warning"]
     return {
         **block_sizes(model, texts),
         "texts": texts.scores(model),

@@ -31,7 +31,6 @@ SECTIONS = {
     "speed": speed_page.section,
     "factorise": factorise_page.section,
     "llama3_8b_shape": llama3_8b_page.section,
-    "llama3_8b_kfac": llama3_8b_page.other,
     "planner": planner_page.section,
     "bytelm": bytelm_page.section,
 }

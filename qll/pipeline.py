@@ -290,7 +290,7 @@ def report(
             "calibration": calibration_facts(state.config, moments),
         },
         sae=store.read_json(state.features) if state.features.exists() else None,
-        cost={**results["cost"], "seconds": total_seconds(state)},
+        cost={**results["cost"], "seconds": total_seconds(state.events)},
         warnings=state.warnings,
         provenance=store.read_json(state.out / "run.json"),
     )

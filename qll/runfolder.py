@@ -169,13 +169,13 @@ def timed(state: Run, stage: str, function, *arguments):
         store.append_line(state.events, {"event": "stage", "stage": stage, **facts})
 
 
-def total_seconds(state: Run) -> dict[str, float]:
-    """Seconds per stage summed over this run and the runs it resumed.
+def total_seconds(events: Path) -> dict[str, float]:
+    """Seconds per stage in the events of a run, summed over it and the runs it resumed.
 
     Of an attempt that was killed nobody knows how long it took: `recording` warns of those.
     """
     total: dict[str, float] = {}
-    for line in store.read_lines(state.events):
+    for line in store.read_lines(events):
         if line.get("event") == "stage":
             total[line["stage"]] = total.get(line["stage"], 0.0) + line["seconds"]
     return {stage: round(seconds, 2) for stage, seconds in total.items()}

@@ -15,6 +15,9 @@ def training_words(report: Mapping[str, Any]) -> list[str]:
     >>> lines = [{"error_before": 0.5, "error_after": 0.4, "best_pass": 4}]
     >>> training_words({"compression": {"training": {"refine": lines}}})
     ['1 of 1 blocks refined: held-out error 0.5000 to 0.4000 (median)']
+    >>> left_out = {"kl_before": 0.15, "kl_after": 0.15, "kept": False, "tokens": 0, "steps": 0}
+    >>> training_words({"compression": {"training": {"heal": left_out}}})
+    ['healing left out: held-out KL 0.1500 rose at every rate']
     """
     training = report["compression"].get("training") or {}
     words = []

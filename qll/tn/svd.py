@@ -37,7 +37,7 @@ _GRAM_VALUE_FLOOR = 1e-6
 _OVERSAMPLING = 16
 _POWER_ITERATIONS = 2  # error / optimal on a flat spectrum: 1.20, 1.06, 1.03 for 0, 1, 2
 # Error / optimal was 1.010 for rank 256 of 4096 x 14336, and four more iterations left 1.003; the
-# Gram matrix is exact, and up to this side hardly slower.
+# Gram matrix is exact and takes six seconds there.
 _RAND_FROM = 8192
 _GESVD_FROM = 400  # on CUDA the default driver gesvdj is 4-5 times slower from here on
 _CHUNK = 1 << 25

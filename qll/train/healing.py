@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from qll import store
-from qll.errors import TextError
+from qll.errors import NonFiniteError, TextError
 from qll.train.distill import distillation_loss
 from qll.train.optimise import Optimiser
 from qll.train.precision import autocast, prepare_training
@@ -81,24 +82,26 @@ def heal(
 ) -> dict[str, Any]:
     """Train `converted` in place towards `dense`; returns what it did.
 
-    The result has `tokens`, `steps`, `rate`, `trials` ([rate, held-out KL after a short run] of
-    several rates), `kl_before` and `kl_after` (held-out windows, nats per token) and `kept`: False
-    when training did not help and the parameters were put back. When no short run helps there is
-    no long one. A checkpoint in `work` every 65,536 tokens makes an interrupted call continue with
-    the same numbers. Raises NonFiniteError when the loss is not a number.
+    The result has `tokens`, `steps`, `rate`, `trials` ([rate, held-out KL after a short run, None
+    if that was not finite] of several rates), `kl_before` and `kl_after` (held-out windows, nats
+    per token) and `kept`: False when training did not help and the parameters were put back. When
+    no short run helps there is no long one. A checkpoint in `work` every 65,536 tokens makes an
+    interrupted call continue with the same numbers. Raises NonFiniteError when the loss of the long
+    run is not a number.
     """
     school = _School(dense, converted, windows, settings)
     start = {name: p.detach().clone() for name, p in school.trained.items()}
     path = work / CHECKPOINT_NAME
     store.make_folder(work)
     facts = _known_facts(path) if path.is_file() else _first_facts(school, start)
-    best = min(facts["trials"], key=lambda trial: trial[1], default=None)
-    facts |= {"rate": best[0] if best else settings.rates[0], "precision": str(settings.precision)}
-    before = facts["kl_before"]
-    if best and best[1] >= before:
+    before, trials = facts["kl_before"], facts["trials"]
+    helped = [trial for trial in trials if trial[1] is not None and trial[1] < before]
+    rate = min(helped, key=lambda trial: trial[1])[0] if helped else settings.rates[0]
+    facts |= {"rate": rate, "precision": str(settings.precision)}
+    if trials and not helped:
         logger.warning(
-            "%s was left out: short runs made held-out windows worse (KL %.4f -> %.4f at best)",
-            *(settings.name, before, best[1]),
+            "%s was left out: short runs at %s made held-out windows worse than KL %.4f",
+            *(settings.name, ", ".join(f"{rate:g}" for rate, _ in trials), before),
         )
         return {**facts, "tokens": 0, "steps": 0, "kl_after": before, "kept": False}
     _train(school, path, facts)
@@ -200,15 +203,23 @@ class _School:
 
     def prepare(self, rate: float, steps: int) -> None:
         """Begin a run of `steps` at `rate` from the parameters as they are."""
+        for parameter in self.trained.values():
+            parameter.grad = None  # of a run that broke off
         self.optimiser = Optimiser(list(self.trained.values()), rate, steps)
 
-    def trial(self, rate: float) -> float:
-        """Held-out KL after a short run at `rate`."""
+    def trial(self, rate: float) -> float | None:
+        """Held-out KL after a short run at `rate`; None where the loss stops being a number."""
         steps = max(1, round(TRIAL_SHARE * self.steps))
         self.prepare(rate, steps)
-        for batch in islice(self.batches(), steps):
-            self.step(batch)
-        return self.held_out_kl()
+        batches = islice(self.batches(), steps)
+        words = {"desc": f"{self.settings.name} at {rate:g}", "unit": "step"}
+        try:
+            for batch in tqdm(batches, total=steps, file=sys.stderr, disable=None, **words):
+                self.step(batch)
+        except NonFiniteError:
+            return None
+        found = self.held_out_kl()
+        return found if math.isfinite(found) else None
 
     def batches(self) -> Iterator[Tensor]:
         """Numbers of the windows of each step: every window once per pass, in a seeded order."""

@@ -99,6 +99,14 @@ def test_the_rate_is_the_best_of_short_runs(pair, tmp_path):
     assert alone["kl_after"] == facts["kl_after"]
 
 
+def test_a_rate_at_which_the_loss_breaks_is_not_taken(pair, tmp_path):
+    dense, converted = pair
+    facts = heal(dense, converted, WINDOWS, tmp_path, settings(rates=(1e30, 1e-3)))
+    assert facts["trials"][0] == [1e30, None]
+    assert facts["rate"] == 1e-3
+    assert facts["kept"]
+
+
 def test_without_a_rate_that_helps_there_is_no_long_run(pair, tmp_path, caplog):
     dense, converted = pair
     start = copy.deepcopy(converted.state_dict())
