@@ -37,6 +37,7 @@ WIDTH_STEP = 8  # feed-forward channels between two candidates for equal paramet
 MOST_WIDTH = 4096
 SPEED_ROUNDS, SPEED_STEPS = 3, 60
 GENERATED = 32  # bytes timed at each length
+COMPILED_FROM = 8.0  # minutes of training in which a minute of compiling pays
 LOOP = ROOT / "benchmarks" / "peers" / "byte_loop.py"
 
 
@@ -80,7 +81,7 @@ def train_words(cell: Cell, corpus: Corpus, rate: float) -> list[str]:
     words += ["--max_steps", str(steps), "--batch_size", str(BATCH), "--seq_length", str(CONTEXT)]
     words += ["--val_every", str(steps), "--val_max_chunks", "64", "--eval_bytes", "16384"]
     words += ["--seed", str(cell.seed), *cell.flags]
-    if cell.table == "long":  # where a minute of compiling pays
+    if cell.minutes >= COMPILED_FROM:
         words.append("--compile")
     return [*words, "--set", *settings] if settings else words
 

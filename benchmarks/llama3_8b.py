@@ -29,6 +29,7 @@ from benchmarks import make_llama
 from benchmarks.llama_shapes import SHAPES
 from benchmarks.main_job import machine
 from qll import store
+from qll.calibrate.moments import SUMMARY_NAME
 from qll.runfolder import total_seconds
 
 ROOT = Path(__file__).parents[1]
@@ -48,6 +49,7 @@ def main() -> None:
     parser.add_argument("--format", default="lowrank")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="of the calibration")
     parser.add_argument("--context", type=int, default=CONTEXT, help="tokens of a window")
+    parser.add_argument("--calib", type=Path, help="a text; default: Python's documentation")
     parser.add_argument("--result", type=Path, default=RESULT)
     arguments = parser.parse_args()
     shape = SHAPES[arguments.shape].with_blocks(arguments.blocks)
@@ -70,6 +72,7 @@ def conversion(source: Path, out: Path, arguments: argparse.Namespace) -> list[s
     """The words of the conversion after `main.py`."""
     words = ["convert", "--llama_dir", str(source), "--out", str(out), "--keep", str(KEEP)]
     words += ["--format", arguments.format, "--metric", arguments.metric, "--effort", "fast"]
+    words += ["--calib_text", str(arguments.calib)] if arguments.calib else []
     return [*words, "--calib_tokens", str(arguments.tokens), "--context", str(arguments.context)]
 
 
@@ -140,7 +143,8 @@ def result(
             "format": arguments.format,
             "gauge": "interpolative",
             "metric": arguments.metric,
-            "calib_tokens": arguments.tokens,
+            "calib_text": arguments.calib.name if arguments.calib else None,
+            "calib_tokens": store.read_json(out / "work" / "moments" / SUMMARY_NAME)["tokens"],
             "context": arguments.context,
         },
         "machine": machine(),
@@ -149,7 +153,8 @@ def result(
         "torch": version("torch"),
         "command": f"python benchmarks/llama3_8b.py --blocks {shape.n_layers} --metric "
         f"{arguments.metric} --format {arguments.format} --tokens {arguments.tokens} "
-        f"--context {arguments.context}",
+        f"--context {arguments.context}"
+        + (f" --calib {arguments.calib.name}" if arguments.calib else ""),
     }
 
 

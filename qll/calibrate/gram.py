@@ -37,10 +37,13 @@ class GramSum:
         in float64 (MPS has none)."""
         assert rows.shape[1] == self.size, "rows have another width than the sum"
         rows = rows.detach().float()
-        for number, panel in enumerate(self._panels):
-            start = number * PANEL
-            product = rows[:, start : start + PANEL].T @ rows[:, start:]
-            panel += product.cpu()
+        # in a model's pass autocast would round every product: the sum would have directions of
+        # negative length, which no shrinkage mends
+        with torch.autocast(rows.device.type, enabled=False):
+            for number, panel in enumerate(self._panels):
+                start = number * PANEL
+                product = rows[:, start : start + PANEL].T @ rows[:, start:]
+                panel += product.cpu()
         self.tokens += rows.shape[0]
 
     def packed(self) -> Float32[Tensor, " entries"]:

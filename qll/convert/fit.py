@@ -86,11 +86,10 @@ def fit(
             hint="try --metric activation or --dtype float32",
         )
     network = build(replace(network.spec, shape=spec.shape), cores, network.indices)
+    # one member at a time, its matrix and its metric: in an MLP each is large
     errors = [
-        relative_errors(weight, matrix, metric, total)
-        for weight, matrix, metric in zip(
-            weights, comparable_members(network, weights), metrics, strict=True
-        )
+        relative_errors(weight, comparable_member(network, weights, k), metrics[k], total)
+        for k, weight in enumerate(weights)
     ]
     return Fitted(network, [e[0] for e in errors], [e[1] for e in errors], discarded)
 
@@ -181,17 +180,23 @@ def legs(spec: NetworkSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 def dense_members(network) -> list[Float[Tensor, "_ _"]]:
     """The matrices a network stands for, one per member."""
-    members = network.spec.members
-    if members:
-        return [network.to_matrix(k) for k in range(len(members))]
-    return [network.to_matrix()]
+    return [_dense_member(network, k) for k in range(len(network.spec.members) or 1)]
+
+
+def _dense_member(network, place: int) -> Float[Tensor, "_ _"]:
+    return network.to_matrix(place) if network.spec.members else network.to_matrix()
 
 
 def comparable_members(network, weights: Weights) -> list[Float[Tensor, "_ _"]]:
     """`dense_members`, in the basis of `weights` where the network is free to choose another."""
+    return [comparable_member(network, weights, k) for k in range(len(weights))]
+
+
+def comparable_member(network, weights: Weights, place: int) -> Float[Tensor, "_ _"]:
+    """One of `comparable_members`."""
     if network.spec.format == "joint_value_output":
-        return network.aligned(weights[0])
-    return dense_members(network)
+        return network.aligned(weights[0])[place]
+    return _dense_member(network, place)
 
 
 def _argument(matrices: list[Tensor], spec: NetworkSpec) -> Tensor | list[Tensor]:
@@ -227,14 +232,11 @@ def _discarded_inside(weights: Weights, network, metrics: Sequence[Metric]) -> f
     """What is lost in the metric of the members that read the inner channels: the last one, or
     both query and key."""
     first = 0 if network.spec.format == "joint_query_key" else len(weights) - 1
-    matrices = comparable_members(network, weights)
     lost = total = 0.0
-    for weight, matrix, place in zip(
-        weights[first:], matrices[first:], range(first, len(weights)), strict=True
-    ):
-        metric = metrics[place]
-        lost += metric.norm_squared(weight - matrix)
-        total += metric.norm_squared(weight.to(torch.float64))
+    for place in range(first, len(weights)):
+        metric, weight = metrics[place], weights[place].to(torch.float64)
+        lost += metric.norm_squared(weight - comparable_member(network, weights, place))
+        total += metric.norm_squared(weight)
     return lost / max(total, 1e-300)
 
 

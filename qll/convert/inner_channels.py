@@ -16,7 +16,7 @@ from torch import Tensor
 from qll.convert.candidates import format_of
 from qll.convert.inner_parts import Options, block_of, eigenvalues, fit_part, menu_of, mixed
 from qll.convert.metric import Metric, factor
-from qll.tn import JointChannels
+from qll.tn import JointChannels, parts
 from qll.tn.elimination import Elimination, eliminate, regression
 from qll.tn.joint_channels import part_specs
 from qll.tn.network import NetworkSpec
@@ -31,10 +31,10 @@ def fit_channels(
     down = weights[2]
     kept = _eliminated(down, metrics).kept(spec.ranks[0])
     gate, up, last = part_specs(spec)
-    seen = metrics[2]
-    inside = Metric(seen.kind, seen.left, block_of(seen.right, kept))
-    fitted = fit_part(regression(down, seen.right, kept), last, inside)
-    del seen, inside  # moments of the channels are large: one at a time
+    # moments of the channels are large: one at a time, and read again rather than kept
+    fitted = regression(down, metrics[2].right, kept)
+    if not parts.is_whole(last):
+        fitted = fit_part(fitted, last, _of_inputs(metrics[2], kept))
     own = [
         fit_part(weight[kept], part, _of_channels(metrics[j], kept))
         for j, (weight, part) in enumerate(zip(weights[:2], (gate, up), strict=True))
@@ -71,6 +71,11 @@ def channel_options(
 def _of_channels(metric: Metric, kept: Tensor) -> Metric:
     """The metric of the rows `kept`."""
     return Metric(metric.kind, block_of(metric.left, kept), metric.right)
+
+
+def _of_inputs(metric: Metric, kept: Tensor) -> Metric:
+    """The metric of the columns `kept`."""
+    return Metric(metric.kind, metric.left, block_of(metric.right, kept))
 
 
 def _reader_spectra(

@@ -26,6 +26,7 @@ from torch import Tensor
 from qll.errors import ConvergenceError
 
 SHARE = 1 / 64
+_PANEL = 2048  # kept inputs whose rows of a moment are copied at a time
 CROWDED = 0.8  # share of inputs still there at which those that are gone are left out
 
 
@@ -100,14 +101,19 @@ def regression(
 ) -> Float64[Tensor, "out k"]:
     """W' = W C[:, S] C[S, S]^-1: the columns `kept` of W, the others predicted from them.
 
+    Raises ConvergenceError for a moment that is not positive definite.
+
     >>> moment = torch.tensor([[1.0, 0.5], [0.5, 1.0]]).double()
     >>> regression(torch.tensor([[1.0, 2.0]]).double(), moment, torch.tensor([1])).tolist()
     [[2.5]]
     """
     if moment is None or len(kept) == matrix.shape[1]:
         return matrix[:, kept]
-    seen = moment[kept]
-    return torch.linalg.solve(seen[:, kept], seen @ matrix.mT).mT
+    # C[:, S] and an inverse would be gigabytes for an MLP of 14336 channels
+    images = torch.cat([moment[part] @ matrix.mT for part in kept.split(_PANEL)])
+    block = moment[kept[:, None], kept]
+    del moment  # as in `eliminate`
+    return torch.cholesky_solve(images, _root(block)).mT
 
 
 def _inverse(moment: Tensor) -> Tensor:
@@ -120,7 +126,7 @@ def _root(matrix: Tensor) -> Tensor:
     if int(info):
         raise ConvergenceError(
             "a second moment is not positive definite",
-            where="eliminate",
+            where="elimination",
             hint="shrink it towards the identity first",
         )
     return root

@@ -7,6 +7,7 @@ import torch
 
 from qll.calibrate.gram import PANEL, GramSum, unpack
 from qll.calibrate.probe import condition
+from qll.convert.metric import shrink
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, PANEL, PANEL + 1, 2 * PANEL + 44])
@@ -61,3 +62,17 @@ def test_condition_bounds_a_lone_spike():
     assert rows.shape == (300, 1)
     assert rows.max().item() == pytest.approx(10 * mean)
     assert rows.min().item() == pytest.approx(0.1 * mean)
+
+
+def test_autocast_leaves_a_sum_positive_definite_once_shrunk():
+    generator = torch.Generator().manual_seed(0)
+    # few tokens, many channels and one direction far above the others, as in a Llama
+    rows = torch.randn(64, 512, generator=generator)
+    rows += 30 * torch.randn(64, 1, generator=generator) * torch.randn(512, generator=generator)
+    gram = GramSum(512)
+    with torch.autocast("cpu", torch.bfloat16):
+        gram.add(rows)
+    found = unpack(gram.packed())
+    exact = rows.double().T @ rows.double()
+    assert float((found - exact).norm() / exact.norm()) < 1e-6
+    assert int(torch.linalg.cholesky_ex(shrink(found, 1e-4))[1]) == 0
