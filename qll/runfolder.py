@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,15 +25,12 @@ from qll.config import MainConfig, to_json
 from qll.convert import load_plan
 from qll.errors import ForeignRunError, IntegrityError
 from qll.load import Source, Stamps, require_unchanged
-from qll.train import freed_memory_returned
 
 logger = logging.getLogger("qll.runfolder")
 
 PACKAGES = ("torch", "transformers", "safetensors", "gguf", "numpy", "scipy", "opt_einsum")
 # settings that do not change what a run computes
 UNBINDING = ("out", "dry_run", "scale")
-# stages that work on few large matrices, and train nothing
-FACTORING = ("plan", "convert")
 
 
 @dataclass
@@ -161,8 +158,7 @@ def timed(state: Run, stage: str, function, *arguments):
     store.append_line(state.events, {"event": "started", "stage": stage})
     started, computed = time.monotonic(), time.process_time()
     try:
-        with freed_memory_returned() if stage in FACTORING else nullcontext():
-            result = function(state, *arguments)
+        result = function(state, *arguments)
         require_unchanged(state.stamps)
         return result
     finally:

@@ -27,10 +27,13 @@ class GramSum:
     def __init__(self, size: int) -> None:
         self.size = size
         self.tokens = 0
-        self._panels = [
-            torch.zeros(min(PANEL, size - start), size - start, dtype=torch.float64)
-            for start in range(0, size, PANEL)
-        ]
+        rows = [min(PANEL, size - start) for start in range(0, size, PANEL)]
+        widths = range(size, 0, -PANEL)
+        shapes = list(zip(rows, widths, strict=True))
+        # one block: the C library keeps many small ones when they are freed, 3 GB in Llama 3 8B
+        block = torch.zeros(sum(map(math.prod, shapes)), dtype=torch.float64)
+        parts = block.split([math.prod(shape) for shape in shapes])
+        self._panels = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def add(self, rows: Float[Tensor, "tokens size"]) -> None:
         """Add sum_t rows[t] rows[t]^T: multiplied in float32 where `rows` lies, summed on the CPU

@@ -7,7 +7,6 @@ from typing import Any
 
 from qll.options import ConvertOptions
 from qll.scale.inputs import Opened
-from qll.train import return_freed_memory
 
 
 class Here:
@@ -31,5 +30,4 @@ class Here:
             self.inputs.require_unchanged()
             result = step(self.inputs.source, self.inputs.moments, self.options, item, *fixed)
             self.inputs.require_unchanged()
-            return_freed_memory()  # of one block's pieces, before the next one's
             yield result

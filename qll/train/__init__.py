@@ -2,12 +2,7 @@
 
 from qll.train.distill import distillation_loss
 from qll.train.healing import RATES, HealSettings, heal, healing_bytes
-from qll.train.memory import (
-    free_bytes,
-    freed_memory_returned,
-    keep_freed_memory,
-    return_freed_memory,
-)
+from qll.train.memory import free_bytes, keep_freed_memory
 from qll.train.optimise import Optimiser
 from qll.train.precision import autocast, choose_precision, prepare_training
 
@@ -19,10 +14,8 @@ __all__ = [
     "choose_precision",
     "distillation_loss",
     "free_bytes",
-    "freed_memory_returned",
     "heal",
     "healing_bytes",
     "keep_freed_memory",
     "prepare_training",
-    "return_freed_memory",
 ]
