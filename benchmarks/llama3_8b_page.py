@@ -1,4 +1,4 @@
-"""The section of docs/results.md on the run at the shape of Llama 3 8B."""
+"""The section of docs/results.md on the runs at the shape of Llama 3 8B."""
 
 from __future__ import annotations
 
@@ -8,7 +8,22 @@ MEMORY_LIMIT = 8e9
 
 
 def section(result: dict[str, Any]) -> str:
-    """The text of the section: what was run, seconds per stage, memory, bytes.
+    """The long run: a low rank everywhere, few calibration tokens, many blocks."""
+    return run("## A conversion at the shape of Llama 3 8B", result)
+
+
+def memory(result: dict[str, Any]) -> str:
+    """The run for its memory: many calibration tokens, few blocks."""
+    return run(f"### Memory at {result['settings']['calib_tokens']:,} calibration tokens", result)
+
+
+def kfac(result: dict[str, Any]) -> str:
+    """The run in the K-FAC metric: gradients of the loss through every block, block by block."""
+    return run("### The K-FAC metric, every format offered", result)
+
+
+def run(title: str, result: dict[str, Any]) -> str:
+    """What was run, seconds per stage, memory, bytes.
 
     >>> row = {"stages": {"plan": 60.0, "convert": 90.0}}
     >>> minutes(row["stages"])
@@ -20,7 +35,7 @@ def section(result: dict[str, Any]) -> str:
     peak = f"{result['peak_rss_bytes'] / 1e9:.2f} GB of its own memory"
     return "\n\n".join(
         [
-            "## A conversion at the shape of Llama 3 8B",
+            title,
             f"Machine: {machine['cpu']}, {machine['cores']} cores, torch {result['torch']}. Again: "
             f"`{result['command']} --work DIR`.",
             f"{result['blocks']} of {result['blocks_of_the_original']} blocks{note}: random "

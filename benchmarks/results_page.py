@@ -31,6 +31,8 @@ SECTIONS = {
     "speed": speed_page.section,
     "factorise": factorise_page.section,
     "llama3_8b_shape": llama3_8b_page.section,
+    "llama3_8b_memory": llama3_8b_page.memory,
+    "llama3_8b_kfac": llama3_8b_page.kfac,
     "planner": planner_page.section,
     "bytelm": bytelm_page.section,
 }

@@ -61,3 +61,14 @@ def test_the_8b_run_is_within_its_memory_and_the_planner_sees_its_settings():
     wider = planner.whole_run(run | {"blocks": 2 * run["blocks"]}, CPU_CORE)
     ratio = wider["seconds"]["plan"]["predicted"] / found["seconds"]["plan"]["predicted"]
     assert ratio == pytest.approx(2)
+
+
+@pytest.mark.parametrize("name", ["llama3_8b_memory", "llama3_8b_kfac"])
+def test_many_tokens_and_gradients_stay_within_the_memory(name):
+    run = json.loads((results_page.RESULTS / f"{name}.json").read_text())
+    assert run["shape"] == "llama3-8b"
+    assert run["peak_rss_bytes"] <= 8e9
+    if name == "llama3_8b_memory":
+        assert run["settings"]["calib_tokens"] >= 128 * 2048
+    else:
+        assert run["settings"]["metric"] == "kfac"
