@@ -19,10 +19,12 @@ from qll.scale.work import Operation, seconds
 
 SUMS = 8  # per feature, float64
 ENCODED, COMPARED, FITTED = 6, 4, 4
-# bytes moved: per latent and token by finding the k largest; per number of a row that is gathered
-# (read and written in bfloat16), widened, and read by one product: the row of a candidate, of which
-# there are SPARE times k, or of a feature that is decoded; a comparison reads its rows twice
-TOPK_BYTES, ROW_BYTES, COMPARED_BYTES = 8, 14, 18
+# bytes moved: per latent and token by adding a bias and finding the k largest (the sum is read and
+# written twice, then read); per number of all directions by their norms (widened, squared, summed);
+# per number of a row that is gathered (read and written in bfloat16), widened, and read by one
+# product: the row of a candidate (there are SPARE times k) or of a feature that is decoded;
+# a comparison reads its rows twice
+TOPK_BYTES, NORM_BYTES, ROW_BYTES, COMPARED_BYTES = 20, 16, 14, 18
 SPARE = 1.25
 FLOAT32 = 4
 
@@ -52,12 +54,12 @@ def predict_survival(shape: Shape, machine: Machine, saes: Autoencoders) -> dict
     latents = saes.width * shape.d_model
     numbers = latents * shape.d_model
     encode = Operation("coarse", ENCODED * 2.0 * saes.tokens * numbers, shape.d_model)
-    # all directions are read and widened for their norms, once
-    widen = numbers * (saes.itemsize + 2 * FLOAT32)
+    # all directions are read for their norms once, and the encoder's for every set of activations
+    directions = numbers * (saes.itemsize + NORM_BYTES + ENCODED * saes.itemsize)
     largest = ENCODED * TOPK_BYTES * saes.tokens * latents
     fires = saes.tokens * saes.k * shape.d_model
     each_row = (ENCODED * SPARE + FITTED) * ROW_BYTES + COMPARED * COMPARED_BYTES
-    moved = widen + largest + fires * each_row
+    moved = directions + largest + fires * each_row
     move = Operation("bytes", float(moved))
     if machine.gpu_flops:
         computed = encode.count / machine.gpu_flops
