@@ -68,22 +68,23 @@ def main() -> None:
 
 def attempt(cell: Cell, corpus: Corpus, arguments: argparse.Namespace) -> bool:
     """Run a cell that is wanted and write its row; a failure is shown and the next one runs."""
-    line = command(cell, arguments)
-    known = read(arguments.result)["rows"].get(cell.name)
-    if known is not None and known["command"] == line and not arguments.again:
+    facts = {"command": command(cell, arguments)}
+    if cell.kind == "train":
+        words = shareable(train_words(cell, corpus, arguments.rate))
+        facts["product_command"] = "qll " + shlex.join(words)
+    known = read(arguments.result)["rows"].get(cell.name, {})
+    if facts.items() <= known.items() and not arguments.again:
         return True
     budget = cell.steps(arguments.rate) * BATCH * CONTEXT
     print(cell.name, f"{budget:,} bytes" if budget else "", flush=True)
     started = time.monotonic()
     try:
         found = KINDS[cell.kind](cell, corpus, arguments.rate, arguments.cache)
-        words = train_words(cell, corpus, arguments.rate) if cell.kind == "train" else []
     except Exception:
         traceback.print_exc()
         return False
     row = {
-        "command": line,
-        **({"product_command": "qll " + shlex.join(shareable(words))} if words else {}),
+        **facts,
         **{key: getattr(cell, key) for key in ("label", "table", "seed", "settings", "flags")},
         **found,
         "git": commit(),

@@ -154,7 +154,13 @@ def result(
         "command": f"python benchmarks/llama3_8b.py --blocks {shape.n_layers} --metric "
         f"{arguments.metric} --format {arguments.format} --tokens {arguments.tokens} "
         f"--context {arguments.context}"
-        + (f" --calib {arguments.calib.name}" if arguments.calib else ""),
+        + (f" --calib {arguments.calib.name}" if arguments.calib else "")
+        # as it would be kept: another run's file is not to be written over
+        + (
+            f" --result benchmarks/results/{arguments.result.name}"
+            if arguments.result.name != RESULT.name
+            else ""
+        ),
     }
 
 

@@ -40,8 +40,8 @@ class GramSum:
         in float64 (MPS has none)."""
         assert rows.shape[1] == self.size, "rows have another width than the sum"
         rows = rows.detach().float()
-        # in a model's pass autocast would round every product: the sum would have directions of
-        # negative length, which no shrinkage mends
+        # in a model's pass autocast would round every product, and the sum could have directions of
+        # negative length, more than shrinkage makes up for
         with torch.autocast(rows.device.type, enabled=False):
             for number, panel in enumerate(self._panels):
                 start = number * PANEL

@@ -11,7 +11,7 @@ sparsify.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -88,8 +88,10 @@ def fit(
     network = build(replace(network.spec, shape=spec.shape), cores, network.indices)
     # one member at a time, its matrix and its metric: in an MLP each is large
     errors = [
-        relative_errors(weight, comparable_member(network, weights, k), metrics[k], total)
-        for k, weight in enumerate(weights)
+        relative_errors(weight, matrix, metrics[k], total)
+        for k, (weight, matrix) in enumerate(
+            zip(weights, _comparable(network, weights), strict=True)
+        )
     ]
     return Fitted(network, [e[0] for e in errors], [e[1] for e in errors], discarded)
 
@@ -180,23 +182,27 @@ def legs(spec: NetworkSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 def dense_members(network) -> list[Float[Tensor, "_ _"]]:
     """The matrices a network stands for, one per member."""
-    return [_dense_member(network, k) for k in range(len(network.spec.members) or 1)]
-
-
-def _dense_member(network, place: int) -> Float[Tensor, "_ _"]:
-    return network.to_matrix(place) if network.spec.members else network.to_matrix()
+    return list(_dense(network))
 
 
 def comparable_members(network, weights: Weights) -> list[Float[Tensor, "_ _"]]:
     """`dense_members`, in the basis of `weights` where the network is free to choose another."""
-    return [comparable_member(network, weights, k) for k in range(len(weights))]
+    return list(_comparable(network, weights))
 
 
-def comparable_member(network, weights: Weights, place: int) -> Float[Tensor, "_ _"]:
-    """One of `comparable_members`."""
+def _dense(network) -> Iterator[Tensor]:
+    members = network.spec.members
+    if members:
+        yield from (network.to_matrix(k) for k in range(len(members)))
+    else:
+        yield network.to_matrix()
+
+
+def _comparable(network, weights: Weights) -> Iterator[Tensor]:
     if network.spec.format == "joint_value_output":
-        return network.aligned(weights[0])[place]
-    return _dense_member(network, place)
+        yield from network.aligned(weights[0])
+    else:
+        yield from _dense(network)
 
 
 def _argument(matrices: list[Tensor], spec: NetworkSpec) -> Tensor | list[Tensor]:
@@ -233,10 +239,11 @@ def _discarded_inside(weights: Weights, network, metrics: Sequence[Metric]) -> f
     both query and key."""
     first = 0 if network.spec.format == "joint_query_key" else len(weights) - 1
     lost = total = 0.0
-    for place in range(first, len(weights)):
-        metric, weight = metrics[place], weights[place].to(torch.float64)
-        lost += metric.norm_squared(weight - comparable_member(network, weights, place))
-        total += metric.norm_squared(weight)
+    for place, matrix in enumerate(_comparable(network, weights)):
+        if place >= first:
+            metric, weight = metrics[place], weights[place].to(torch.float64)
+            lost += metric.norm_squared(weight - matrix)
+            total += metric.norm_squared(weight)
     return lost / max(total, 1e-300)
 
 

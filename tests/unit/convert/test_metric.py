@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qll.calibrate import LinearMoments
-from qll.convert.metric import factor, leg_moments, metric_of, plain, shrink
+from qll.convert.metric import Metric, factor, leg_moments, metric_of, plain, shrink
 from qll.errors import NonFiniteError
 
 
@@ -43,6 +43,19 @@ def test_norm_squared_equals_the_whitened_frobenius_norm():
     error = torch.randn(5, 7, dtype=torch.float64)
     whitened = factor(metric.left).root.T @ error @ factor(metric.right).root
     assert float(whitened.square().sum()) == pytest.approx(metric.norm_squared(error))
+
+
+@pytest.mark.parametrize("left", ["none", "diagonal", "matrix"])
+@pytest.mark.parametrize("right", ["none", "diagonal", "matrix"])
+def test_panels_of_a_large_error_add_up(left, right, monkeypatch):
+    x, g, _ = random_moments()
+    sides = {"none": lambda m: None, "diagonal": torch.diagonal, "matrix": lambda m: m}
+    metric = Metric("kfac", sides[left](g.T @ g), sides[right](x.T @ x))
+    error = torch.randn(5, 7, dtype=torch.float64)
+    exact = metric.norm_squared(error)
+    monkeypatch.setattr("qll.convert.metric._LARGE", 1)
+    monkeypatch.setattr("qll.convert.metric._PANEL", 3)
+    assert metric.norm_squared(error) == pytest.approx(exact, rel=1e-5)
 
 
 @pytest.mark.parametrize("rank", [0, 1, 3])
