@@ -144,7 +144,7 @@ def result(
             "gauge": "interpolative",
             "metric": arguments.metric,
             "calib_text": arguments.calib.name if arguments.calib else None,
-            "calib_tokens": store.read_json(out / "work" / "moments" / SUMMARY_NAME)["tokens"],
+            "calib_tokens": calibration_tokens(out),
             "context": arguments.context,
         },
         "machine": machine(),
@@ -162,6 +162,12 @@ def result(
             else ""
         ),
     }
+
+
+def calibration_tokens(out: Path) -> int | None:
+    """The tokens a run was calibrated on, or None when its metric needed none."""
+    summary = out / "work" / "moments" / SUMMARY_NAME
+    return store.read_json(summary)["tokens"] if summary.is_file() else None
 
 
 def planned(arguments: argparse.Namespace, blocks: int) -> dict[str, Any] | None:

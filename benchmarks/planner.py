@@ -8,7 +8,8 @@ blocks of SmolLM2-135M (bfloat16, one low-rank network per matrix) with one thre
 of every stage are set beside what the closed forms say of the same shape at the measured rates. All
 in processor time, since others may use the machine. Peak memory of a job is that of a process that
 does nothing else. When benchmarks/results/llama3_8b_shape.json is there, its stages are predicted
-too, at rates measured in the same hour: run that part on the machine that made the file.
+too: by the wall clock, for one process with all threads, as it was, at rates of such a process and
+of files measured in the same hour. Run that part on the machine that made the file.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ STAGES = ("calibrate", "plan", "convert", "evaluate")
 MEMORY_SHAPES = ((1024, 3584), (1536, 5376))
 LATENTS, WIDTH, SAE_TOKENS, SAE_K = 131072, 4096, 512, 192
 TEXTS = 2
+FILE_BYTES = 1 << 30
 # a job in a process of its own: the shape of a block comes in, the peak memory goes out
 JOB = """
 import json, resource, sys
@@ -93,11 +95,14 @@ def main() -> None:
         results["runs"][name] = predicted_run(row, CASES[name], known(results["rates"]))
     save(results)
     if only in (None, "whole") and WHOLE_RUN.exists():
-        results["whole_run"] = whole_run(json.loads(WHOLE_RUN.read_text()), measure())
+        results["whole_run"] = whole_run(
+            json.loads(WHOLE_RUN.read_text()), measure(threads=os.cpu_count()), file_rate()
+        )
         save(results)
     if only == "predict" and "whole_run" in results:
         seen = results["whole_run"]
-        again = whole_run(json.loads(WHOLE_RUN.read_text()), known(seen["rates"]))
+        run = json.loads(WHOLE_RUN.read_text())
+        again = whole_run(run, known(seen["rates"]), seen["file_rate"])
         results["whole_run"] = again | {"machine": seen["machine"]}
         save(results)
 
@@ -234,11 +239,28 @@ def survival_row(rates: Any) -> dict[str, Any]:
     }
 
 
-def whole_run(run: dict[str, Any], rates: Any) -> dict[str, Any]:
-    """The stages of the 8B-shape run beside the planner's: two workers at these rates."""
+def file_rate() -> float:
+    """Bytes a second, written and read, of a file that is written, read back and summed up."""
+    import torch
+    from safetensors.torch import load_file
+
+    from qll import store
+
+    tensors = {"weight": torch.zeros(FILE_BYTES // 4)}
+    with tempfile.TemporaryDirectory(dir=ROOT) as folder:
+        path = Path(folder) / "rate.safetensors"
+        started = time.monotonic()
+        store.write_tensors(path, tensors)
+        load_file(path)
+        store.sha256(path)
+        return 2 * FILE_BYTES / (time.monotonic() - started)
+
+
+def whole_run(run: dict[str, Any], rates: Any, disk: float) -> dict[str, Any]:
+    """The stages of the 8B-shape run beside the planner's: one worker at these rates."""
     from dataclasses import replace
 
-    from qll.scale.machines import machine_of
+    from qll.scale.machines import Machine
     from qll.scale.planner import predict
     from qll.scale.shapes import SHAPES
     from qll.scale.stages import Settings
@@ -246,12 +268,13 @@ def whole_run(run: dict[str, Any], rates: Any) -> dict[str, Any]:
     shape = replace(SHAPES["llama3-8b"], n_layers=int(run["blocks"]))
     chosen = {name: run["settings"][name] for name in ("keep", "metric", "calib_tokens", "context")}
     settings = Settings(**chosen, eval_tokens=0)
-    found = predict(shape, replace(machine_of("cpu2"), rates=rates), settings)
+    found = predict(shape, Machine("one process", 1, 1, rates, 1e12, disk), settings)
     predicted = {stage["name"]: stage for stage in found["stages"]}
     measured = {name: value for name, value in run["stages"].items() if name in predicted}
     return {
         "machine": machine(),
         "rates": rates,
+        "file_rate": disk,
         "blocks": run["blocks"],
         "seconds": {
             name: compared(float(value), predicted[name]["seconds"])

@@ -24,7 +24,8 @@ def section(result: dict[str, Any]) -> str:
         "`calibrate`, the terms of `evaluate` and the constant of memory were set after a look at "
         "such runs. A prediction may miss by a quarter; those that miss by more are bold. "
         "Survival is of one place of an autoencoder of the 32x set of Llama 3 8B. Blocks of that "
-        "model are by the wall clock, at rates of the machine that ran them.",
+        "model are by the wall clock, at rates of one process with all threads of the machine that "
+        "ran them.",
         "",
         "| what | measured | predicted | predicted / measured |",
         "|---|---|---|---|",

@@ -55,6 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # progress of other libraries would mix with ours
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # oneDNN compiles a product for every shape and keeps 1,024 of them; a converted model has a
+    # rank of its own in every matrix, and one training step more shapes than that
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
     try:
         name = words.pop(0) if words and not words[0].startswith("-") else "run"
         if words and not words[0].startswith("-") and f"{name} {words[0]}" in VERBS:

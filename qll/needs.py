@@ -15,6 +15,7 @@ from qll.calibrate.streams import stored_bytes
 from qll.convert import saved_dtype
 from qll.errors import UsageError
 from qll.runfolder import Run
+from qll.runmodel import distilling_bytes
 from qll.runplan import calibration_precision
 from qll.train import free_bytes
 
@@ -114,6 +115,9 @@ def memory_bytes(state: Run, until: str) -> dict[str, int]:
     if train.passes:
         tokens = 4 * d_model * train.refine_tokens * 4
         stages["refine"] = 4 * 5 * block + min(tokens, 2 << 30) + window * 3
+    # left out, with a warning, where there is no room for it
+    if train.healing and distilling_bytes(state) <= free_bytes(state.device):
+        stages["heal"] = distilling_bytes(state)
     if until == "report":
         stages["evaluate"] = 4 * 2 * _params(state)
     return {name: size + PROGRAM for name, size in stages.items()}

@@ -91,8 +91,7 @@ def distilling_fits(state: Run, flag: str, done: Path | None = None) -> bool:
     """
     if done is not None and (done / "facts.json").is_file():
         return True
-    params = sum(math.prod(spec.shape) for spec in state.source.specs().values())
-    needed = healing_bytes(params, params, state.source.config.vocab_size)
+    needed = distilling_bytes(state)
     free = free_bytes(state.device)
     if needed <= free:
         return True
@@ -110,6 +109,12 @@ def distilling_fits(state: Run, flag: str, done: Path | None = None) -> bool:
         *(flag, needed / 1e9, free / 1e9),
     )
     return False
+
+
+def distilling_bytes(state: Run) -> int:
+    """Bytes of memory at most that a distillation takes."""
+    params = sum(math.prod(spec.shape) for spec in state.source.specs().values())
+    return healing_bytes(state.source.config, params, state.config.train.train_context)
 
 
 def finished_model(state: Run) -> dict[str, Any] | None:

@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, PreTrainedModel
 
 from qll import store
 from qll.errors import NonFiniteError, TextError
@@ -62,15 +62,24 @@ class HealSettings:
     """Order of the windows."""
 
 
-def healing_bytes(params: int, trained: int, d_vocab: int, batch_tokens: int = 1024) -> int:
-    """Memory that `heal` needs at most, of a model of `params` of which `trained` move.
+def healing_bytes(
+    config: LlamaConfig, params: int, context: int = 512, batch_tokens: int = 1024
+) -> int:
+    """Memory that `heal` needs at most, of a model of `params` on windows of `context` tokens.
 
-    Two models; gradients, two moments and a copy of what moves; three arrays of logits.
+    Two models; gradients, two moments and a copy of what moves; three arrays of logits; and what
+    the backward pass reads again of every block, attention in plain products.
 
-    >>> healing_bytes(8_030_000_000, 6_980_000_000, 128_256) // 10**9  # Llama 3 8B
-    177
+    >>> from qll.load import open_source
+    >>> healing_bytes(open_source(None).config, 134_515_008) // 10**8
+    70
     """
-    return 4 * (2 * params + 4 * trained + 3 * d_vocab * batch_tokens)
+    tokens = max(batch_tokens, context)
+    kept = 12 * config.hidden_size + 5 * config.intermediate_size
+    # scores and weights in bfloat16, the softmax in float32
+    kept += 5 * config.num_attention_heads * context // 2
+    kept *= config.num_hidden_layers
+    return 4 * (6 * params + tokens * (3 * config.vocab_size + kept))
 
 
 def heal(
