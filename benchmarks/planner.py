@@ -68,7 +68,8 @@ def main() -> None:
     )
     only = parser.parse_args().only
     results = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    if only != "whole":  # a row with a machine of its own
+    # a row with a machine of its own, and no measurement
+    if only not in ("whole", "predict"):
         results |= {"machine": machine() | {"threads": 1}, "seed": 0}
         results |= {"command": "python benchmarks/planner.py", "versions": versions()}
         results |= {"cpu": cpu_name()}

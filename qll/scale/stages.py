@@ -173,9 +173,9 @@ def evaluate(shape: Shape, settings: Settings) -> list[Operation]:
 
 
 def write(shape: Shape, settings: Settings) -> float:
-    """Bytes of the cores, read, and of the shards, written; jobs wrote the cores, and the sums of
-    the shards are taken while these are still in memory."""
-    return 2.0 * converted_bytes(shape, settings)
+    """Bytes of the cores, read, and of the shards, written and loaded again for the fingerprint of
+    their logits; jobs wrote the cores, and the sums of the shards are taken from memory."""
+    return 3.0 * converted_bytes(shape, settings)
 
 
 def converted_bytes(shape: Shape, settings: Settings) -> float:

@@ -63,6 +63,16 @@ def test_the_8b_run_is_within_its_memory_and_the_planner_sees_its_settings():
     assert ratio == pytest.approx(2)
 
 
+def test_the_planner_is_within_a_quarter_of_every_measured_run():
+    found = json.loads((results_page.RESULTS / "planner.json").read_text())
+    runs = [run["stages"] for run in found["runs"].values()]
+    rows = [row for stages in (*runs, found["whole_run"]["seconds"]) for row in stages.values()]
+    rows += [*found["memory"], *(found["survival"][key] for key in ("seconds", "memory"))]
+    rows.append(found["whole_run"]["memory"])
+    assert len(rows) >= 17
+    assert [row for row in rows if abs(row["predicted"] / row["measured"] - 1) > 0.25] == []
+
+
 @pytest.mark.parametrize("name", ["llama3_8b_memory", "llama3_8b_kfac"])
 def test_many_tokens_and_gradients_stay_within_the_memory(name):
     run = json.loads((results_page.RESULTS / f"{name}.json").read_text())
