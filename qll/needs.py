@@ -116,7 +116,7 @@ def memory_bytes(state: Run, until: str) -> dict[str, int]:
         tokens = 4 * d_model * train.refine_tokens * 4
         stages["refine"] = 4 * 5 * block + min(tokens, 2 << 30) + window * 3
     # left out, with a warning, where there is no room for it
-    if train.healing and distilling_bytes(state) <= free_bytes(state.device):
+    if train.healing and distilling_bytes(state) + PROGRAM <= free_bytes(state.device):
         stages["heal"] = distilling_bytes(state)
     if until == "report":
         stages["evaluate"] = 4 * 2 * _params(state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,15 @@ def test_too_little_memory_says_which_stage_and_what_to_do(tmp_path, monkeypatch
 def test_comparing_two_whole_models_is_what_needs_memory(tmp_path):
     memory = needs.memory_bytes(run_of(tmp_path), "report")
     assert max(memory, key=memory.get) == "evaluate"
+
+
+def test_healing_counts_where_there_is_room_for_it(tmp_path, monkeypatch):
+    state = run_of(tmp_path)
+    state = replace(state, config=replace(state.config, train=TrainOptions(effort="best")))
+    monkeypatch.setattr(needs, "free_bytes", lambda _: 10**12)
+    assert needs.memory_bytes(state, "convert")["heal"] > 4 * 6 * 8.03e9
+    monkeypatch.setattr(needs, "free_bytes", lambda _: 10**11)
+    assert "heal" not in needs.memory_bytes(state, "convert")
 
 
 def test_it_is_printed_before_anything_is_done(tmp_path, monkeypatch, capsys):
