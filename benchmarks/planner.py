@@ -8,8 +8,9 @@ blocks of SmolLM2-135M (bfloat16, one low-rank network per matrix) with one thre
 of every stage are set beside what the closed forms say of the same shape at the measured rates. All
 in processor time, since others may use the machine. Peak memory of a job is that of a process that
 does nothing else. When benchmarks/results/llama3_8b_shape.json is there, its stages are predicted
-too: by the wall clock, for one process with all threads, as it was, at rates of such a process and
-of files measured in the same hour. Run that part on the machine that made the file.
+too, by the wall clock, at rates of files and of products measured in the same hour: for one process
+with all threads, as it was, and for a worker of one thread per core, as `plan --machine` prints it.
+Run that part on the machine that made the file.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def main() -> None:
     )
     only = parser.parse_args().only
     results = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    # a row with a machine of its own, and no measurement
+    # the whole run names a machine of its own, and predictions alone measure nothing
     if only not in ("whole", "predict"):
         results |= {"machine": machine() | {"threads": 1}, "seed": 0}
         results |= {"command": "python benchmarks/planner.py", "versions": versions()}
@@ -96,14 +97,14 @@ def main() -> None:
         results["runs"][name] = predicted_run(row, CASES[name], known(results["rates"]))
     save(results)
     if only in (None, "whole") and WHOLE_RUN.exists():
-        results["whole_run"] = whole_run(
-            json.loads(WHOLE_RUN.read_text()), measure(threads=os.cpu_count()), file_rate()
-        )
+        rates = {"process": measure(threads=os.cpu_count()), "worker": measure()}
+        results["whole_run"] = whole_run(json.loads(WHOLE_RUN.read_text()), rates, file_rate())
         save(results)
     if only == "predict" and "whole_run" in results:
         seen = results["whole_run"]
         run = json.loads(WHOLE_RUN.read_text())
-        again = whole_run(run, known(seen["rates"]), seen["file_rate"])
+        rates = {name: known(found) for name, found in seen["rates"].items()}
+        again = whole_run(run, rates, seen["file_rate"])
         results["whole_run"] = again | {"machine": seen["machine"]}
         save(results)
 
@@ -257,33 +258,50 @@ def file_rate() -> float:
         return 2 * FILE_BYTES / (time.monotonic() - started)
 
 
-def whole_run(run: dict[str, Any], rates: Any, disk: float) -> dict[str, Any]:
-    """The stages of the 8B-shape run beside the planner's: one worker at these rates."""
+def whole_run(run: dict[str, Any], rates: dict[str, Any], disk: float) -> dict[str, Any]:
+    """The stages of the 8B-shape run beside the planner's.
+
+    rates: of one "process" with all threads, which the run was, and of a "worker" with one, of
+    which `plan --machine` puts one on every core. disk: `file_rate`.
+    """
+    from qll.scale.machines import Machine, machine_of
+
+    whole = Machine("one process", 1, 1, rates["process"], memory=1e12, disk=disk)
+    cores = machine_of("cpu2").cores
+    split = Machine("workers", 1, cores, rates["worker"], memory=1e12, disk=disk)
+    predicted = stages_of(run, whole)
+    return {
+        "machine": machine(),
+        "rates": rates,
+        "file_rate": disk,
+        "blocks": run["blocks"],
+        "seconds": compared_seconds(run, predicted),
+        "seconds_of_workers": compared_seconds(run, stages_of(run, split)),
+        "memory": compared(
+            float(run["peak_rss_bytes"]), max(predicted[name]["memory"] for name in run["stages"])
+        ),
+    }
+
+
+def stages_of(run: dict[str, Any], machine: Any) -> dict[str, dict[str, Any]]:
+    """What the planner says of every stage of the 8B-shape run on `machine`."""
     from dataclasses import replace
 
-    from qll.scale.machines import Machine
     from qll.scale.planner import predict
     from qll.scale.shapes import SHAPES
     from qll.scale.stages import Settings
 
     shape = replace(SHAPES["llama3-8b"], n_layers=int(run["blocks"]))
     chosen = {name: run["settings"][name] for name in ("keep", "metric", "calib_tokens", "context")}
-    settings = Settings(**chosen, eval_tokens=0)
-    found = predict(shape, Machine("one process", 1, 1, rates, 1e12, disk), settings)
-    predicted = {stage["name"]: stage for stage in found["stages"]}
-    measured = {name: value for name, value in run["stages"].items() if name in predicted}
+    found = predict(shape, machine, Settings(**chosen, eval_tokens=0))
+    return {stage["name"]: stage for stage in found["stages"]}
+
+
+def compared_seconds(run: dict[str, Any], predicted: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of every stage of the run beside the predicted ones."""
     return {
-        "machine": machine(),
-        "rates": rates,
-        "file_rate": disk,
-        "blocks": run["blocks"],
-        "seconds": {
-            name: compared(float(value), predicted[name]["seconds"])
-            for name, value in measured.items()
-        },
-        "memory": compared(
-            float(run["peak_rss_bytes"]), max(predicted[name]["memory"] for name in measured)
-        ),
+        name: compared(float(value), predicted[name]["seconds"])
+        for name, value in run["stages"].items()
     }
 
 

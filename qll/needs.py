@@ -115,9 +115,11 @@ def memory_bytes(state: Run, until: str) -> dict[str, int]:
     if train.passes:
         tokens = 4 * d_model * train.refine_tokens * 4
         stages["refine"] = 4 * 5 * block + min(tokens, 2 << 30) + window * 3
+    heals, tunes = train.healing and options.keep < 1.0, train.tuning and options.bits
+    distilling = distilling_bytes(state)
     # left out, with a warning, where there is no room for it
-    if train.healing and distilling_bytes(state) + PROGRAM <= free_bytes(state.device):
-        stages["heal"] = distilling_bytes(state)
+    if (heals or tunes) and distilling + PROGRAM <= free_bytes(state.device):
+        stages["heal" if heals else "tune"] = distilling
     if until == "report":
         stages["evaluate"] = 4 * 2 * _params(state)
     return {name: size + PROGRAM for name, size in stages.items()}

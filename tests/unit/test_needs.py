@@ -96,12 +96,18 @@ def test_comparing_two_whole_models_is_what_needs_memory(tmp_path):
 
 
 def test_healing_counts_where_there_is_room_for_it(tmp_path, monkeypatch):
-    state = run_of(tmp_path)
-    state = replace(state, config=replace(state.config, train=TrainOptions(effort="best")))
+    def counted(**options):
+        state = run_of(tmp_path, **options)
+        config = replace(state.config, train=TrainOptions(effort="best"))
+        return needs.memory_bytes(replace(state, config=config), "convert")
+
     monkeypatch.setattr(needs, "free_bytes", lambda _: 10**12)
-    assert needs.memory_bytes(state, "convert")["heal"] > 4 * 6 * 8.03e9
+    assert counted()["heal"] > 4 * 6 * 8.03e9
+    # at keep 1 nothing is healed, but the scales of packed numbers are distilled
+    assert {"heal", "tune"}.isdisjoint(counted(keep=1.0))
+    assert "tune" in counted(keep=1.0, bits=4)
     monkeypatch.setattr(needs, "free_bytes", lambda _: 10**11)
-    assert "heal" not in needs.memory_bytes(state, "convert")
+    assert "heal" not in counted()
 
 
 def test_it_is_printed_before_anything_is_done(tmp_path, monkeypatch, capsys):

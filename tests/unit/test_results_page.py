@@ -56,9 +56,10 @@ def test_the_8b_run_is_within_its_memory_and_the_planner_sees_its_settings():
     assert run["blocks"] >= 8
     assert run["peak_rss_bytes"] <= 8e9
     assert run["bytes_out"] < run["bytes_in"]
-    found = planner.whole_run(run, CPU_CORE, 1e9)
+    rates = {"process": CPU_CORE, "worker": CPU_CORE}
+    found = planner.whole_run(run, rates, 1e9)
     assert set(found["seconds"]) == set(run["stages"])
-    wider = planner.whole_run(run | {"blocks": 2 * run["blocks"]}, CPU_CORE, 1e9)
+    wider = planner.whole_run(run | {"blocks": 2 * run["blocks"]}, rates, 1e9)
     ratio = wider["seconds"]["plan"]["predicted"] / found["seconds"]["plan"]["predicted"]
     assert ratio == pytest.approx(2)
 
