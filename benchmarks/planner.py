@@ -11,6 +11,11 @@ does nothing else. When benchmarks/results/llama3_8b_shape.json is there, its st
 too, by the wall clock, at rates of files and of products measured in the same hour: for one process
 with all threads, as it was, and for a worker of one thread per core, as `plan --machine` prints it.
 Run that part on the machine that made the file.
+
+    python main.py plan --workers 2 --llama_dir STANDIN --moments MOMENTS --out DIR ...
+    python benchmarks/planner.py --only predict --workers_run DIR
+
+holds the stages of such a run of the same stand-in against what is said of workers.
 """
 
 from __future__ import annotations
@@ -67,7 +72,9 @@ def main() -> None:
     parser.add_argument(
         "--only", choices=["rates", *CASES, "memory", "survival", "whole", "predict"]
     )
-    only = parser.parse_args().only
+    parser.add_argument("--workers_run", type=Path, help="folder of a run with --workers")
+    arguments = parser.parse_args()
+    only = arguments.only
     results = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     # the whole run names a machine of its own, and predictions alone measure nothing
     if only not in ("whole", "predict"):
@@ -105,7 +112,10 @@ def main() -> None:
         run = json.loads(WHOLE_RUN.read_text())
         rates = {name: known(found) for name, found in seen["rates"].items()}
         again = whole_run(run, rates, seen["file_rate"])
-        results["whole_run"] = again | {"machine": seen["machine"]}
+        results["whole_run"] = seen | again | {"machine": seen["machine"]}
+        save(results)
+    if arguments.workers_run is not None:
+        results["whole_run"] |= workers_run(arguments.workers_run, results["whole_run"])
         save(results)
 
 
@@ -281,6 +291,22 @@ def whole_run(run: dict[str, Any], rates: dict[str, Any], disk: float) -> dict[s
             float(run["peak_rss_bytes"]), max(predicted[name]["memory"] for name in run["stages"])
         ),
     }
+
+
+def workers_run(folder: Path, whole: dict[str, Any]) -> dict[str, Any]:
+    """The stages of a run with --workers on the same stand-in, beside what is said of workers."""
+    from qll.runfolder import total_seconds
+
+    words = json.loads((folder / "run.json").read_text())["command"].split()
+    command = " ".join(Path(word).name if "/" in word else word for word in words)
+    measured = total_seconds(folder / "events.jsonl")
+    said = whole["seconds_of_workers"]
+    seconds = {
+        name: compared(value, said[name]["predicted"])
+        for name, value in measured.items()
+        if name in ("plan", "convert")  # what workers share
+    }
+    return {"workers_run": {"command": command, "seconds": seconds}}
 
 
 def stages_of(run: dict[str, Any], machine: Any) -> dict[str, dict[str, Any]]:

@@ -49,14 +49,21 @@ def whole_run(found: dict[str, Any]) -> str:
     rows = [line(stage, row, "s", 1) for stage, row in found["seconds"].items()]
     others = found["seconds_of_workers"].items()
     rows += [line(f"{stage}, as workers", row, "s", 1) for stage, row in others]
-    text = [
+    about = (
         f"{found['blocks']} blocks of Llama 3 8B on {found['machine']['cpu']}, "
         f"{found['machine']['cores']} cores, by the wall clock; products and files of that machine "
-        "were measured in the same hour. The run was one process with all threads, and so are the "
+        "were measured on the same day. The run was one process with all threads, and so are the "
         "first rows. `as workers`: what `plan --machine` assumes instead, a worker of one thread "
         "on every core (`--workers`), held against the same run, which leaves a core idle where "
         "one thread finds eigenvalues. How files count in `write`, and that the run is compared "
-        "as one process, were set after a look at this run.",
+        "as one process, were set after a look at this run."
+    )
+    if "workers_run" in found:
+        command, seconds = found["workers_run"]["command"], found["workers_run"]["seconds"]
+        rows += [line(f"{stage}, run with workers", row, "s", 1) for stage, row in seconds.items()]
+        about += f" `run with workers`: `{command}`."
+    text = [
+        about,
         "",
         "| what | measured | predicted | predicted / measured |",
         "|---|---|---|---|",
