@@ -114,13 +114,11 @@ def run_block(
     torch.Size([1, 3, 8])
     """
     positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
-    config = block.self_attn.config
-    explicit = config._attn_implementation == "eager"
     # a new table per call costs microseconds and is right for every rope type and length
-    rotary = LlamaRotaryEmbedding(config).to(hidden.device)
+    rotary = LlamaRotaryEmbedding(block.self_attn.config).to(hidden.device)
     return block(
         hidden,
-        attention_mask=_causal_mask(hidden) if explicit else None,
+        attention_mask=None,  # torch's attention and ours are causal without one
         position_embeddings=rotary(hidden, position_ids=positions),
         position_ids=positions,
     )
@@ -151,12 +149,3 @@ def head_matrix(
     """The output matrix; of a tied model its embedding table."""
     name = EMBEDDING if source.config.tie_word_embeddings else "lm_head.weight"
     return source.read(name).to(device, dtype)
-
-
-def _causal_mask(hidden: Tensor) -> Tensor:
-    """What eager attention adds to its scores, in the dtype that they have."""
-    device, size = hidden.device, hidden.shape[1]
-    fast = torch.is_autocast_enabled(device.type)
-    kind = torch.get_autocast_dtype(device.type) if fast else hidden.dtype
-    lowest = torch.full((size, size), torch.finfo(kind).min, dtype=kind, device=device)
-    return lowest.triu(1)[None, None]

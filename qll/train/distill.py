@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 # Bytes of float32 logits that are held at a time.
-CHUNK_BYTES = 64 << 20
+CHUNK_BYTES = 16 << 20
 
 
 def distillation_loss(

@@ -72,12 +72,12 @@ def healing_bytes(
 
     >>> from qll.load import open_source
     >>> healing_bytes(open_source(None).config, 134_515_008) // 10**8
-    70
+    59
     """
     tokens = max(batch_tokens, context)
     kept = 12 * config.hidden_size + 5 * config.intermediate_size
-    # scores and weights in bfloat16, the softmax in float32
-    kept += 5 * config.num_attention_heads * context // 2
+    # attention weights in bfloat16
+    kept += config.num_attention_heads * context // 2
     kept *= config.num_hidden_layers
     return 4 * (6 * params + tokens * (3 * config.vocab_size + kept))
 

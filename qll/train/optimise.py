@@ -35,7 +35,10 @@ class Optimiser:
     def __init__(self, parameters: Sequence[nn.Parameter], rate: float, steps: int) -> None:
         self.parameters, self.steps = list(parameters), steps
         # cores have no natural scale to decay to, and a few hundred steps need no regulariser
-        self.adam = torch.optim.AdamW(self.parameters, lr=rate, betas=BETAS, weight_decay=0.0)
+        fused = all(parameter.device.type in ("cpu", "cuda") for parameter in self.parameters)
+        self.adam = torch.optim.AdamW(
+            self.parameters, lr=rate, betas=BETAS, weight_decay=0.0, fused=fused
+        )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.adam, lambda step: share_of_rate(step, steps)
         )

@@ -109,11 +109,3 @@ def test_a_block_of_networks_is_the_block_it_stands_for(tiny_hf_folder, tmp_path
     torch.testing.assert_close(
         run_block(block, hidden), run_block(build_block(source, 1), hidden), atol=2e-4, rtol=2e-4
     )
-
-
-def test_attention_with_a_mask_is_the_fused_one(tiny_hf_folder):
-    source = open_source(tiny_hf_folder)
-    fused, plain = build_block(source, 0), build_block(source, 0)
-    plain.self_attn.config._attn_implementation = "eager"
-    hidden = torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(4))
-    torch.testing.assert_close(run_block(fused, hidden), run_block(plain, hidden))
