@@ -41,9 +41,14 @@ ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "planner.json"
 WHOLE_RUN = ROOT / "benchmarks" / "results" / "llama3_8b_shape.json"
 BLOCKS, KEEP, CALIB, EVAL = 6, 0.6, 2048, 1024
-CASES = {"activation": "activation", "kfac": "kfac"}
+PASSES, REFINE_TOKENS = 2, 8192
+# what a run is for -> its metric, its effort, and the stages that are compared
+CASES = {
+    "activation": ("activation", "fast", ("calibrate", "plan", "convert", "evaluate")),
+    "kfac": ("kfac", "fast", ("calibrate", "plan", "convert", "evaluate")),
+    "refine": ("activation", "balanced", ("refine",)),
+}
 CONTEXT = 1024
-STAGES = ("calibrate", "plan", "convert", "evaluate")
 MEMORY_SHAPES = ((1024, 3584), (1536, 5376))
 LATENTS, WIDTH, SAE_TOKENS, SAE_K = 131072, 4096, 512, 192
 TEXTS = 2
@@ -88,9 +93,9 @@ def main() -> None:
         place = Path(folder)
         if only in (None, *CASES):
             checkpoint = first_blocks(place / "checkpoint")
-        for name, metric in CASES.items():
+        for name in CASES:
             if only in (None, name):
-                row = conversion(checkpoint, place / name, metric)
+                row = conversion(checkpoint, place / name, name)
                 results.setdefault("runs", {})[name] = row
                 save(results)
         if only in (None, "memory"):
@@ -101,7 +106,9 @@ def main() -> None:
             results["survival"] = survival_row(measure())
             save(results)
     for name, row in results.get("runs", {}).items():
-        results["runs"][name] = predicted_run(row, CASES[name], known(results["rates"]))
+        results["runs"][name] = predicted_run(row, name, known(results["rates"]))
+    if "survival" in results:
+        results["survival"] = predicted_survival(results["survival"])
     save(results)
     if only in (None, "whole") and WHOLE_RUN.exists():
         rates = {"process": measure(threads=os.cpu_count()), "worker": measure()}
@@ -138,13 +145,16 @@ def first_blocks(folder: Path) -> Path:
     return folder
 
 
-def conversion(checkpoint: Path, out: Path, metric: str) -> dict[str, Any]:
+def conversion(checkpoint: Path, out: Path, case: str) -> dict[str, Any]:
     """One run of the command line: the processor time of its stages."""
     from qll.load.inspect import config_of
     from qll.scale.shapes import shape_of
 
-    flags = ["--effort", "fast", "--format", "lowrank", "--metric", metric, "--keep", str(KEEP)]
+    metric, effort, stages = CASES[case]
+    flags = ["--effort", effort, "--format", "lowrank", "--metric", metric, "--keep", str(KEEP)]
     flags += ["--calib_tokens", str(CALIB), "--context", str(CONTEXT), "--eval_tokens", str(EVAL)]
+    if effort != "fast":
+        flags += ["--refine_passes", str(PASSES), "--refine_tokens", str(REFINE_TOKENS)]
     command = [sys.executable, str(ROOT / "main.py"), "--llama_dir", str(checkpoint), *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     subprocess.run(
@@ -156,19 +166,19 @@ def conversion(checkpoint: Path, out: Path, metric: str) -> dict[str, Any]:
     return {
         "command": f"OMP_NUM_THREADS=1 python main.py {' '.join(flags)}",
         "shape": asdict(shape),
-        "measured": {name: measured[name] for name in STAGES},
+        "measured": {name: measured[name] for name in stages},
     }
 
 
-def predicted_run(row: dict[str, Any], metric: str, rates: Any) -> dict[str, Any]:
+def predicted_run(row: dict[str, Any], case: str, rates: Any) -> dict[str, Any]:
     """The row with its stages predicted by the code as it is now."""
     from qll.scale.planner import predict
     from qll.scale.shapes import Shape
     from qll.scale.stages import Settings
 
-    settings = Settings(
-        KEEP, metric, CALIB, CONTEXT, EVAL, TEXTS, passes=0, refine_tokens=0, itemsize=2
-    )
+    metric, effort, _ = CASES[case]
+    passes = 0 if effort == "fast" else PASSES
+    settings = Settings(KEEP, metric, CALIB, CONTEXT, EVAL, TEXTS, REFINE_TOKENS, passes, 2)
     found = predict(Shape(**row["shape"]), one_core(rates), settings)
     predicted = {stage["name"]: stage["seconds"] for stage in found["stages"]}
     pairs = row["measured"].items()
@@ -215,8 +225,6 @@ def survival_row(rates: Any) -> dict[str, Any]:
     from qll.lens.readings import Encoded, Readings
     from qll.lens.sae import SAE
     from qll.load.sae_file import LatentMatrix, SAESpec, StoredSAE
-    from qll.scale.shapes import SHAPES
-    from qll.scale.survival import Autoencoders, predict_survival
 
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -241,13 +249,25 @@ def survival_row(rates: Any) -> dict[str, Any]:
     fit(three.converted)
     spent = time.process_time() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    saes = Autoencoders(places=1, width=LATENTS // WIDTH, k=SAE_K, tokens=SAE_TOKENS)
-    found = predict_survival(SHAPES["llama3-8b"], one_core(rates), saes)
-    return {
+    row = {
         "tokens": SAE_TOKENS,
         "rates": {kind: rates[kind] for kind in ("coarse", "bytes")},
-        "seconds": compared(spent, found["seconds_per_place"]),
-        "memory": compared(float(peak), found["memory"]),
+        "seconds": {"measured": spent},
+        "memory": {"measured": float(peak)},
+    }
+    return predicted_survival(row)
+
+
+def predicted_survival(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with its seconds and memory predicted by the code as it is now."""
+    from qll.scale.shapes import SHAPES
+    from qll.scale.survival import Autoencoders, predict_survival
+
+    saes = Autoencoders(places=1, width=LATENTS // WIDTH, k=SAE_K, tokens=row["tokens"])
+    found = predict_survival(SHAPES["llama3-8b"], one_core(known(row["rates"])), saes)
+    return row | {
+        "seconds": compared(row["seconds"]["measured"], found["seconds_per_place"]),
+        "memory": compared(row["memory"]["measured"], found["memory"]),
     }
 
 

@@ -19,10 +19,11 @@ def section(result: dict[str, Any]) -> str:
     lines = [
         "## What the planner predicts",
         f"Machine: {machine['cpu']}, {machine['threads']} thread, {machine['platform']}. Again: "
-        f"`{result['command']}`. Seconds are of the processor, of `main.py --effort fast --format "
-        f"lowrank` on {shape}; rates of this machine are measured first. The fixed second of "
-        "`calibrate`, the terms of `evaluate` and the constant of memory were set after a look at "
-        "such runs. A prediction may miss by a quarter; those that miss by more are bold. "
+        f"`{result['command']}`. Seconds are of the processor, of `main.py --format lowrank` "
+        f"on {shape}; rates of this machine are measured first. The fixed second of "
+        "`calibrate`, the terms of `evaluate` and `refine`, how often `survival` reads an encoder, "
+        "and the constant of memory were set after a look at such runs. A prediction may miss by a "
+        "quarter; those that miss by more are bold. "
         "Survival is of one place of an autoencoder of the 32x set of Llama 3 8B.",
         "",
         "| what | measured | predicted | predicted / measured |",

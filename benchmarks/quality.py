@@ -34,7 +34,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from benchmarks.main_job import ROOT, machine
+from benchmarks.main_job import ROOT, cpu_name, machine
 from benchmarks.peers import Case, load_method
 from benchmarks.quality_cells import (
     HEADLINE,
@@ -94,6 +94,7 @@ def attempt(cell: Cell, texts: Texts) -> bool:
         **{key: getattr(cell, key) for key in ("method", "keep", "seed", "table")},
         **row,
         "git": commit(),
+        "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "wall_seconds": round(time.monotonic() - started, 1),
     }

@@ -92,6 +92,7 @@ def section(result: dict[str, Any]) -> str:
     ]
     for text in texts:
         parts += [f"### Equal parameters: {text}", keep_table(rows, text)]
+    parts += ["### Minutes", minutes_table(rows)]
     parts += ["### Equal bytes", BYTES, bits_table(rows, texts)]
     parts += ["### What each part contributes", ablation_words(), ablation_table(rows, texts)]
     parts += ["### A format against the whitened SVD with interpolative storage"]
@@ -151,7 +152,8 @@ def introduction(result: dict[str, Any], done: int) -> str:
     calib = " and ".join(f"`{name}`" for name in result["calib"])
     must = ", ".join(f"{ratio:.2f} at keep {keep}" for keep, ratio in MUST.items())
     return (
-        f"{result['model']['name']} in float32 on {machine['cores']} cores ({machine['cpu']}). "
+        f"{result['model']['name']} in float32 on {machine['cores']} cores of several machines "
+        "(`cpu` in the newer rows). "
         f"Perplexity over the dense model's, first {tokens:,} tokens of each text, context "
         f"{result['context']:,}. Every method has the same {result['calib_tokens_per_text']:,} "
         f"tokens each of {calib}, the same budget of the block linears' parameters, and counts "
@@ -186,6 +188,32 @@ def keep_table(rows: dict[str, Any], text: str) -> str:
         for method in methods
     ]
     return table(head, lines)
+
+
+def minutes_table(rows: dict[str, Any]) -> str:
+    """How long every product row of the table at equal parameters took, stage by stage."""
+    names = [cell.name for cell in all_cells() if cell.table == "keep" and cell.flags is not None]
+    timed = {name: rows[name] for name in names if "cpu" in rows.get(name, {})}
+    stages = unique(stage for row in timed.values() for stage in row["product_stages"])
+    stages = [stage for stage in stages if stage != "calibrate"]
+    lines = [
+        [
+            f"`{name}`",
+            row["cpu"],
+            f"{row['threads']}",
+            *(f"{row['product_stages'].get(stage, 0) / 60:.1f}" for stage in stages),
+            f"{row['product_seconds'] / 60:.1f}",
+            f"{row['wall_seconds'] / 60:.1f}",
+        ]
+        for name, row in timed.items()
+    ]
+    words = (
+        "Of main.py by its own stages, from the moments to the saved folder. The whole cell also "
+        "scores three texts, and calibrates where it is the first of its seed. Rows measured "
+        "before their processor was noted are left out."
+    )
+    head = ["cell", "processor", "threads", *stages, "main.py", "whole cell"]
+    return f"{words}\n\n{table(head, lines)}"
 
 
 def bits_table(rows: dict[str, Any], texts: list[str]) -> str:

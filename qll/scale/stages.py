@@ -20,6 +20,10 @@ PLAN_SECONDS, FIT_SECONDS = 0.005, 0.025
 TEXT_SECONDS = 0.15  # to read and tokenise the built-in texts
 LOGIT_BYTES = 450.0  # that move for a logit of both models until they are compared
 SLOPE_BYTES = 64.0  # and for one whose gradient is wanted
+# and in training, forward and backward: for a number of the residual stream, one inside the MLP,
+# a weight of attention; once a step, for a number that is trained
+STREAM_BYTES, INNER_BYTES, WEIGHT_BYTES, STEP_BYTES = 600.0, 200.0, 22.0, 55.0
+STEP_TOKENS, STEP_CONTEXT = 1024, 512  # of a step of training, and of a window in it
 # qll.evaluate.speed measures decoding and prefill of both models so often, on so many tokens,
 REPEATS, DECODED, PROMPT = 4, 32, 512 + 64
 # and qll.evaluate.pair those of `generate`, whose limits take so many seconds to measure
@@ -146,13 +150,27 @@ def calibrate(shape: Shape, settings: Settings) -> list[Operation]:
 
 
 def refine(shape: Shape, settings: Settings) -> list[Operation]:
-    """Both streams through every block once more, and the training steps on seven eighths."""
+    """Both streams through every block once more, and the training steps on seven eighths.
+
+    Products are those of training (bfloat16 where that is faster). What runs between them forward
+    and backward moves memory, as the optimiser does once a step.
+    """
     if not settings.passes:
         return []
-    trained = settings.passes * (3 * 7 / 8) + (settings.passes + 1) / 8 + 1
-    share = 1 + trained * settings.keep
-    one = _passes(shape, settings.refine_tokens, 512, share)
-    return [one.times(shape.n_layers)]
+    tokens, params = settings.refine_tokens, settings.keep * shape.block_params
+    trained = settings.passes * 7 / 8 * tokens
+    scored = (settings.passes + 1) / 8 * tokens + tokens
+    weights = STEP_CONTEXT * shape.n_heads
+    moved = STREAM_BYTES * shape.d_model + INNER_BYTES * shape.d_ff + WEIGHT_BYTES * weights
+    products = 2.0 * params + 4.0 * weights * shape.d_head
+    dense = _passes(shape, tokens, STEP_CONTEXT, 1.0).count
+    bond = rank(shape.d_model, shape.d_model, settings.keep)
+    one = [
+        Operation("coarse", (3 * trained + scored) * products + dense, bond),
+        Operation("bytes", (trained + (scored + tokens) / 3) * moved),
+        Operation("bytes", trained / STEP_TOKENS * STEP_BYTES * params),
+    ]
+    return [item.times(shape.n_layers) for item in one]
 
 
 def evaluate(shape: Shape, settings: Settings) -> list[Operation]:

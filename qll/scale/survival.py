@@ -54,8 +54,9 @@ def predict_survival(shape: Shape, machine: Machine, saes: Autoencoders) -> dict
     latents = saes.width * shape.d_model
     numbers = latents * shape.d_model
     encode = Operation("coarse", ENCODED * 2.0 * saes.tokens * numbers, shape.d_model)
-    # all directions are read for their norms once, and the encoder's for every set of activations
-    directions = numbers * (saes.itemsize + NORM_BYTES + ENCODED * saes.itemsize)
+    # all directions are read for their norms once; the encoder's for every set of activations,
+    # which the product reads, writes as it likes them, and reads again
+    directions = numbers * (saes.itemsize + NORM_BYTES + ENCODED * 3 * saes.itemsize)
     largest = ENCODED * TOPK_BYTES * saes.tokens * latents
     fires = saes.tokens * saes.k * shape.d_model
     each_row = (ENCODED * SPARE + FITTED) * ROW_BYTES + COMPARED * COMPARED_BYTES
