@@ -79,7 +79,9 @@ def test_gptq_follows_the_recursion_and_lowers_the_output_error(problem):
 
     hessian = moments.input / 500
     hessian = hessian + quantise.DAMPING * hessian.diagonal().mean() * torch.eye(64).double()
-    work = weight.clone()
+    order = hessian.diagonal().argsort(descending=True)
+    hessian, work = hessian[order][:, order], weight[:, order]
+    codes, grid = codes[:, order], grid[:, order]
     for column in range(64):
         chosen = codes[:, column] * grid[:, column]
         later = slice(column + 1, 64)
