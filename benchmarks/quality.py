@@ -146,10 +146,7 @@ def finished_row(cell: Cell, texts: Texts, out: Path) -> dict[str, Any]:
     """The row of a finished run, whose settings and calibration must be those of the cell."""
     run = json.loads((out / "run.json").read_text())
     settings = run["settings"]
-    flags = dict(zip(cell.flags[::2], cell.flags[1::2], strict=True))
-    wanted = {"--keep": f"{cell.keep:g}", "--seed": str(cell.seed), **flags}
-    given = settings | settings["convert"] | settings["train"]
-    found = {flag: f"{given.get(flag[2:])}" for flag in wanted}
+    wanted, found = wanted_and_found(cell, settings)
     if found != wanted:
         raise SystemExit(f"{out} is not a run of {cell.name}: {found} instead of {wanted}")
     windows = texts.windows(cell.seed).long().numpy().tobytes()
@@ -168,6 +165,14 @@ def finished_row(cell: Cell, texts: Texts, out: Path) -> dict[str, Any]:
         "product_stages": seconds,
         "warnings": list(dict.fromkeys(warnings)),
     }
+
+
+def wanted_and_found(cell: Cell, settings: dict[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
+    """The flags of a cell, and what the `settings` of a run say of the same."""
+    flags = dict(zip(cell.flags[::2], cell.flags[1::2], strict=True))
+    wanted = {"--keep": f"{float(cell.keep)}", "--seed": f"{cell.seed}", **flags}
+    given = settings | settings["convert"] | settings["train"]
+    return wanted, {flag: f"{given.get(flag[2:])}" for flag in wanted}
 
 
 def calibrated_on(out: Path, settings: dict[str, Any]) -> str:

@@ -6,10 +6,12 @@ import json
 import re
 
 import pytest
+import tyro
 
 from benchmarks import quality, quality_page, quality_plot, results_page
 from benchmarks.peers import METHODS
 from benchmarks.quality_cells import HEADLINE, HEADLINE_BASELINES, KEEPS, SEEDS, Cell, all_cells
+from qll.config import MainConfig, to_json
 
 TEXTS = ("wiki", "python", "third")
 
@@ -185,3 +187,15 @@ def test_the_readme_says_which_format_won_and_how(result):
     rows = {Cell("headline_panels", 0.8, 0, "").name: {**row(1.5), "note": "older labels"}}
     page = quality_page.section(result | {"rows": rows, "headline_candidates": [found]})
     assert r"| panels\* | 0.8 |" in page
+
+
+def test_a_run_with_the_flags_of_a_cell_is_a_run_of_it():
+    products = [cell for cell in all_cells() if cell.flags is not None and cell.seed == 1]
+    assert {cell.keep for cell in products} >= {0.8, 1.0}
+    for cell in products:
+        words = ["--keep", f"{cell.keep:g}", *cell.flags, "--seed", "1"]
+        config = tyro.cli(MainConfig, args=words, config=(tyro.conf.OmitArgPrefixes,))
+        settings = to_json(config.resolved())
+        wanted, found = quality.wanted_and_found(cell, settings)
+        assert found == wanted
+        assert quality.wanted_and_found(cell, settings | {"seed": 0})[1] != wanted
