@@ -22,7 +22,7 @@ LOGIT_BYTES = 450.0  # that move for a logit of both models until they are compa
 SLOPE_BYTES = 64.0  # and for one whose gradient is wanted
 # and in training, forward and backward: for a number of the residual stream, one inside the MLP,
 # a weight of attention; once a step, for a number that is trained
-STREAM_BYTES, INNER_BYTES, WEIGHT_BYTES, STEP_BYTES = 600.0, 200.0, 22.0, 55.0
+STATE_BYTES, INNER_BYTES, WEIGHT_BYTES, STEP_BYTES = 600.0, 200.0, 22.0, 55.0
 STEP_TOKENS, STEP_CONTEXT = 1024, 512  # of a step of training, and of a window in it
 # qll.evaluate.speed measures decoding and prefill of both models so often, on so many tokens,
 REPEATS, DECODED, PROMPT = 4, 32, 512 + 64
@@ -159,12 +159,14 @@ def refine(shape: Shape, settings: Settings) -> list[Operation]:
         return []
     tokens, params = settings.refine_tokens, settings.keep * shape.block_params
     trained = settings.passes * 7 / 8 * tokens
+    # held out, before the first pass and after each; and once more for the next block
     scored = (settings.passes + 1) / 8 * tokens + tokens
     weights = STEP_CONTEXT * shape.n_heads
-    moved = STREAM_BYTES * shape.d_model + INNER_BYTES * shape.d_ff + WEIGHT_BYTES * weights
+    moved = STATE_BYTES * shape.d_model + INNER_BYTES * shape.d_ff + WEIGHT_BYTES * weights
     products = 2.0 * params + 4.0 * weights * shape.d_head
     dense = _passes(shape, tokens, STEP_CONTEXT, 1.0).count
     bond = rank(shape.d_model, shape.d_model, settings.keep)
+    # without a backward pass a third of both, also in the dense block
     one = [
         Operation("coarse", (3 * trained + scored) * products + dense, bond),
         Operation("bytes", (trained + (scored + tokens) / 3) * moved),

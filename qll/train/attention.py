@@ -1,9 +1,9 @@
 """Attention of a Llama as plain products in bfloat16, for training on a CPU.
 
 transformers knows it by ATTENTION; it is causal, for windows without padding. Scores are scaled and
-masked inside the product that makes them and no array of theirs is float32, so that forward and
-backward on windows of 512 tokens take half the time of transformers' eager attention and 0.6 of
-torch's fused one.
+masked inside the product that makes them and no array of theirs is float32: forward and backward of
+a layer of SmolLM2 on two windows of 512 tokens took 8.9 ms on two cores, transformers' eager
+attention 17.3 and torch's fused one 15.4.
 """
 
 from __future__ import annotations

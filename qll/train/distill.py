@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# Bytes of float32 logits that are held at a time.
+# Bytes of float32 logits that are held at a time: below the 32 MB from which the C library maps
+# every array anew (qll.train.memory).
 CHUNK_BYTES = 16 << 20
 
 
