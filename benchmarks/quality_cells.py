@@ -60,17 +60,15 @@ PRODUCT_PEERS_UNCALIBRATED = {
 }
 # (row, keep, flags); bits per block weight come from the saved files
 OURS_BITS = (
-    ("ours_best_int8", 0.8, ("--effort", "best", "--bits", "8")),
     # dense matrices, rounded in the metric; with `best` their scales are then distilled
+    ("ours_fast_int8", 1.0, ("--effort", "fast", "--bits", "8")),
     ("ours_fast_int4", 1.0, ("--effort", "fast", "--bits", "4")),
     ("ours_best_int4", 1.0, ("--effort", "best", "--bits", "4")),
     ("ours_fast_int3", 1.0, ("--effort", "fast", "--bits", "3")),
     ("ours_best_int3", 1.0, ("--effort", "best", "--bits", "3")),
     ("ours_best_int2", 1.0, ("--effort", "best", "--bits", "2")),
-    ("ours_best_int4", 0.9, ("--effort", "best", "--bits", "4")),
-    ("ours_best_int4", 0.8, ("--effort", "best", "--bits", "4")),
+    # fewer numbers of four bits, beside all of them in three and in two
     ("ours_best_int4", 0.7, ("--effort", "best", "--bits", "4")),
-    ("ours_best_int4", 0.6, ("--effort", "best", "--bits", "4")),
     ("ours_best_int4", 0.5, ("--effort", "best", "--bits", "4")),
 )
 

@@ -53,7 +53,7 @@ LABELS = {
     "gguf_q4_1": "GGUF Q4_1",
     "gguf_q4_0": "GGUF Q4_0",
     "gguf_mxfp4": "GGUF MXFP4",
-    "ours_best_int8": "**QLL, int8, `--effort best`**",
+    "ours_fast_int8": "**QLL, int8, `--effort fast`**",
     "ours_best_int4": "**QLL, int4, `--effort best`**",
     "ours_fast_int4": "**QLL, int4, `--effort fast`**",
     "ours_best_int3": "**QLL, int3, `--effort best`**",

@@ -13,6 +13,7 @@ from qll.model.layers import TNLinear
 from qll.tn.lowrank import LowRank
 from qll.tn.network import NetworkSpec
 from qll.train import HealSettings, heal
+from qll.train.healing import LONG_RUN
 from tests.conftest import VOCAB, make_tiny_llama
 
 WINDOWS = torch.randint(0, VOCAB, (96, 24), generator=torch.Generator().manual_seed(0))
@@ -89,28 +90,29 @@ def test_harm_is_undone_with_a_warning(pair, tmp_path, caplog):
 def test_the_rate_is_the_best_of_short_runs(pair, tmp_path):
     dense, converted = pair
     twin = copy.deepcopy(converted)
-    facts = heal(dense, converted, WINDOWS, tmp_path / "a", settings(rates=(3.0, 1e-3, 1e-5)))
+    facts = heal(dense, converted, WINDOWS, tmp_path / "a", settings(rates=(1e-5, 1e-3, 3.0, 9.0)))
     tried = dict(facts["trials"])
+    assert list(tried) == [1e-5, 1e-3, 3.0]  # worse than the one before: no higher ones
     assert tried[1e-3] < tried[1e-5] < facts["kl_before"] < tried[3.0]
-    assert facts["rate"] == 1e-3
+    assert facts["rate"] == LONG_RUN * 1e-3
     assert facts["kept"]
     # the short runs leave no trace
-    alone = heal(dense, twin, WINDOWS, tmp_path / "b", settings())
+    alone = heal(dense, twin, WINDOWS, tmp_path / "b", settings(rates=(LONG_RUN * 1e-3,)))
     assert alone["kl_after"] == facts["kl_after"]
 
 
 def test_a_rate_at_which_the_loss_breaks_is_not_taken(pair, tmp_path):
     dense, converted = pair
-    facts = heal(dense, converted, WINDOWS, tmp_path, settings(rates=(1e30, 1e-3)))
-    assert facts["trials"][0] == [1e30, None]
-    assert facts["rate"] == 1e-3
+    facts = heal(dense, converted, WINDOWS, tmp_path, settings(rates=(1e-3, 1e30)))
+    assert facts["trials"][1] == [1e30, None]
+    assert facts["rate"] == LONG_RUN * 1e-3
     assert facts["kept"]
 
 
 def test_without_a_rate_that_helps_there_is_no_long_run(pair, tmp_path, caplog):
     dense, converted = pair
     start = copy.deepcopy(converted.state_dict())
-    facts = heal(dense, converted, WINDOWS, tmp_path, settings(rates=(3.0, 2.0)))
+    facts = heal(dense, converted, WINDOWS, tmp_path, settings(rates=(2.0, 3.0)))
     assert (facts["kept"], facts["steps"]) == (False, 0)
     assert facts["kl_after"] == facts["kl_before"]
     assert "left out" in caplog.text
