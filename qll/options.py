@@ -176,10 +176,10 @@ class TrainOptions:
     refine_rate: float = 2e-4
     """Highest learning rate of the refinement."""
     heal_tokens: int | None = None
-    """Tokens of distillation of the whole model (fast 0, balanced 0, best 262,144)."""
+    """Tokens of distillation of the whole model (fast 0, balanced 0, best 196,608)."""
     heal_rate: float | None = None
-    """Highest learning rate of the healing; default: 1.5 times the one of 3e-6, 1e-5, 3e-5 and 8e-5
-    that did best on held-out windows in a sixteenth of the steps."""
+    """Highest learning rate of the healing; default: twice the best one for a sixteenth of the
+    steps, which is read off short runs at 3e-6, 1e-5, 3e-5 and 8e-5 (train/healing.py)."""
     tune_tokens: int | None = None
     """Under --bits, tokens of distillation that train scales, codes fixed (0, 0, best 131,072)."""
     tune_rate: float = 1e-3
@@ -214,7 +214,7 @@ class TrainOptions:
     @property
     def healing(self) -> int:
         """Tokens of healing."""
-        by_effort = {"fast": 0, "balanced": 0, "best": 262144}
+        by_effort = {"fast": 0, "balanced": 0, "best": 196608}
         return by_effort[self.effort] if self.heal_tokens is None else self.heal_tokens
 
     @property

@@ -13,7 +13,7 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -41,9 +41,9 @@ CHECKPOINT_TOKENS = 65536
 # does worse than the one before it is the last.
 RATES = (3e-6, 1e-5, 3e-5, 8e-5)
 TRIAL_SHARE = 1 / 16  # of the steps, for each rate
-# Of the noise of the gradients more is averaged out in a long run. At keep 0.8 the parabola through
-# what 1e-5 and 3e-5 changed has its top at 0.7e-5 after 24 steps and at 1.5e-5 after 96.
-LONG_RUN = 1.5  # its rate, over that of the best short run
+# The noise of the gradients has more steps to average out in a long run. At keep 0.8 the best rate,
+# by parabolas through what 1e-5 and 3e-5 gained, was 0.7e-5 for 24 steps and 1.5e-5 for 96.
+LONG_RUN = 2.0  # rate of the long run, over the best of short ones
 CHECKPOINT_NAME = "checkpoint.safetensors"
 FROZEN = ("model.embed_tokens.", "lm_head.")
 
@@ -108,10 +108,10 @@ def heal(
     store.make_folder(work)
     facts = _known_facts(path) if path.is_file() else _first_facts(school, start)
     before, trials = facts["kl_before"], facts["trials"]
-    helped = [trial for trial in trials if trial[1] is not None and trial[1] < before]
-    rate = LONG_RUN * min(helped, key=lambda t: t[1])[0] if helped else settings.rates[0]
+    best = best_rate(before, trials)
+    rate = settings.rates[0] if best is None else LONG_RUN * best
     facts |= {"rate": rate, "precision": str(settings.precision)}
-    if trials and not helped:
+    if trials and best is None:
         logger.warning(
             "%s was left out: short runs at %s made held-out windows worse than KL %.4f",
             *(settings.name, ", ".join(f"{rate:g}" for rate, _ in trials), before),
@@ -129,6 +129,31 @@ def heal(
         )
     tokens = school.steps * school.step_tokens
     return {**facts, "tokens": tokens, "steps": school.steps, "kl_after": after, "kept": kept}
+
+
+def best_rate(before: float, trials: Sequence[Sequence[float | None]]) -> float | None:
+    """The learning rate that would have been best for the short runs `trials`; None if none helped.
+
+    trials: [rate, held-out KL or None] at rising rates. What a run at rate r gains is near a r -
+    b r^2, descent less the noise of the gradients: the top of the parabola through the best run and
+    the one above it.
+
+    >>> best_rate(1.0, [[1.0, 0.9], [2.0, 0.9], [4.0, 1.1]])
+    1.5
+    >>> best_rate(1.0, [[1.0, 1.1]]) is None
+    True
+    """
+    gains = [(rate, -math.inf if kl is None else before - kl) for rate, kl in trials]
+    place = max(range(len(gains)), key=lambda i: gains[i][1], default=None)
+    if place is None or gains[place][1] <= 0:
+        return None
+    low, gain = gains[place]
+    if place + 1 == len(gains):
+        return low
+    high, above = gains[place + 1]
+    if above == -math.inf:
+        return low / 2
+    return (gain * high**2 - above * low**2) / (2 * (gain * high - above * low))
 
 
 def _first_facts(school: _School, start: dict[str, Tensor]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from qll.model.layers import TNLinear
 from qll.tn.lowrank import LowRank
 from qll.tn.network import NetworkSpec
 from qll.train import HealSettings, heal
-from qll.train.healing import LONG_RUN
+from qll.train.healing import LONG_RUN, best_rate
 from tests.conftest import VOCAB, make_tiny_llama
 
 WINDOWS = torch.randint(0, VOCAB, (96, 24), generator=torch.Generator().manual_seed(0))
@@ -90,22 +90,38 @@ def test_harm_is_undone_with_a_warning(pair, tmp_path, caplog):
 def test_the_rate_is_the_best_of_short_runs(pair, tmp_path):
     dense, converted = pair
     twin = copy.deepcopy(converted)
-    facts = heal(dense, converted, WINDOWS, tmp_path / "a", settings(rates=(1e-5, 1e-3, 3.0, 9.0)))
+    facts = heal(
+        dense, converted, WINDOWS, tmp_path / "a", settings(rates=(3e-4, 1e-3, 1e-2, 3e-2, 3.0))
+    )
     tried = dict(facts["trials"])
-    assert list(tried) == [1e-5, 1e-3, 3.0]  # worse than the one before: no higher ones
-    assert tried[1e-3] < tried[1e-5] < facts["kl_before"] < tried[3.0]
-    assert facts["rate"] == LONG_RUN * 1e-3
+    assert list(tried) == [3e-4, 1e-3, 1e-2]  # worse than the one before: no higher ones
+    assert tried[1e-3] < tried[3e-4] < facts["kl_before"] < tried[1e-2]
+    top = best_rate(facts["kl_before"], facts["trials"])
+    assert 0.5e-3 <= top <= 5.5e-3
+    assert facts["rate"] == LONG_RUN * top
     assert facts["kept"]
     # the short runs leave no trace
-    alone = heal(dense, twin, WINDOWS, tmp_path / "b", settings(rates=(LONG_RUN * 1e-3,)))
+    alone = heal(dense, twin, WINDOWS, tmp_path / "b", settings(rates=(facts["rate"],)))
     assert alone["kl_after"] == facts["kl_after"]
+
+
+def test_the_best_rate_is_the_top_of_a_parabola():
+    def divergence(rate):
+        return 1.0 - 3.0 * rate + 0.5 * rate**2  # least at 3
+
+    for rates in ((1.0, 2.0, 5.0), (2.5, 4.0), (3.0, 3.5)):
+        assert best_rate(1.0, [(r, divergence(r)) for r in rates]) == pytest.approx(3.0)
+    # where the highest rate is the best one, nothing is known above it
+    assert best_rate(1.0, [(1.0, divergence(1.0)), (2.0, divergence(2.0))]) == 2.0
+    assert best_rate(1.0, [(1.0, 1.5), (2.0, None)]) is None
+    assert best_rate(1.0, []) is None
 
 
 def test_a_rate_at_which_the_loss_breaks_is_not_taken(pair, tmp_path):
     dense, converted = pair
     facts = heal(dense, converted, WINDOWS, tmp_path, settings(rates=(1e-3, 1e30)))
     assert facts["trials"][1] == [1e30, None]
-    assert facts["rate"] == LONG_RUN * 1e-3
+    assert facts["rate"] == LONG_RUN * 0.5e-3
     assert facts["kept"]
 
 
