@@ -163,6 +163,7 @@ def finished_row(cell: Cell, texts: Texts, out: Path) -> dict[str, Any]:
         "product_git": run["git"],
         "product_seconds": round(sum(seconds.values()), 1),
         "product_stages": seconds,
+        "healing": store.read_manifest(out / "model")["training"].get("heal"),
         "warnings": list(dict.fromkeys(warnings)),
     }
 

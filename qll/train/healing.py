@@ -3,8 +3,8 @@
 Every core, matrix left dense and norm gain of the blocks moves; embedding and head stay.
 The loss is KL(dense || converted) per token (Hinton et al. 2015, temperature 1), which needs no
 labels and so cannot learn the calibration text by heart as fast as its next tokens could be.
-Windows are held out: they choose the learning rate, in short runs from the start at one after the
-other, and a healing that makes them worse is thrown away.
+Windows are held out: they choose the learning rate, in short runs from the start, one rate after
+the other, and a healing that makes them worse is thrown away.
 """
 
 from __future__ import annotations
