@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
@@ -55,6 +57,8 @@ def test_what_nobody_reads_is_dropped(counting):
     ahead = ReadAhead(counting)
     name = "model.norm.weight"
     ahead.expect([name])
+    while name not in counting.names:  # or it is dropped before it is read
+        time.sleep(0.001)
     expect_block(ahead, 0)
     expect_block(ahead, 1)
     ahead.read(name)
@@ -70,3 +74,22 @@ def test_errors_arrive_where_the_tensor_is_wanted(counting):
     ahead.expect(["no.such.tensor"])
     with pytest.raises(MissingTensorError):
         ahead.read("no.such.tensor")
+
+
+def test_the_reader_has_one_thread_and_the_caller_keeps_its_own(tiny_hf_folder):
+    threads, seen = torch.get_num_threads(), []
+
+    class Asking(Counting):
+        def read(self, name, rows=None):
+            seen.append(torch.get_num_threads())
+            return super().read(name, rows)
+
+    ahead = ReadAhead(Asking(open_source(tiny_hf_folder)))
+    for index in (0, 1):
+        expect_block(ahead, index)
+    for name in ahead.specs():
+        ahead.read(name)
+    blocks = [name for name in ahead.specs() if name.startswith("model.layers.")]
+    others = len(ahead.specs()) - len(blocks)
+    assert sorted(seen) == [1] * len(blocks) + [threads] * others
+    assert torch.get_num_threads() == threads
