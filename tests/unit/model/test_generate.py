@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
+import time
 
 import pytest
 import torch
 
 from qll.errors import UnsafeCheckpointError, UsageError
 from qll.model import generate
+from qll.model.generate import end_idle_threads
 from tests.conftest import make_tiny_llama
 from tests.unit.model.conftest import make_tokenizer
 
@@ -115,3 +119,28 @@ def test_template_is_used_on_request(model, monkeypatch):
     monkeypatch.setattr(model, "generate", record)
     text(model, tokenizer, prompt="hi", chat=True)
     assert tokenizer.decode(seen["ids"][0]) == "<s>[user] hi"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_idle_threads_of_the_caller_end_and_come_back():
+    def computed() -> set[str]:
+        """The threads that are there after a product of matrices and were not before."""
+        before = set(os.listdir("/proc/self/task"))
+        assert (torch.ones(512, 512) @ torch.ones(512, 512) == 512).all()
+        return set(os.listdir("/proc/self/task")) - before
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        end_idle_threads()
+        made = computed()
+        assert made
+        assert not computed()
+        end_idle_threads()
+        deadline = time.monotonic() + 10
+        while made & set(os.listdir("/proc/self/task")):
+            assert time.monotonic() < deadline, "still there"
+            time.sleep(0.01)
+        assert computed()
+    finally:
+        torch.set_num_threads(threads)
