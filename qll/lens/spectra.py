@@ -25,6 +25,7 @@ from torch import Tensor
 from qll.errors import NonFiniteError, ShapeError, UsageError
 from qll.tn.entropy import max_entropy, participation_ratio, random_entropy, renyi, von_neumann
 from qll.tn.modes import default_modes, paired_modes, split, unfold
+from qll.tn.symmetric import eigenvalues_descending
 
 CHANNEL = "channel"
 SINGLE_FROM = 4096  # sides from here on are factored in float32: twice as fast, 1e-7 in entropy
@@ -173,8 +174,7 @@ def _singular_values(matrix: Tensor) -> Tensor:
         gram.addmm_(exact, exact.T)
     if not bool(torch.isfinite(gram).all()):
         raise NonFiniteError("NaN or infinity in a matrix", where="entropy", expected="finite")
-    squares = torch.linalg.eigvalsh(gram)
-    return squares.double().clamp(min=0).sqrt().flip(0)
+    return eigenvalues_descending(gram).double().clamp(min=0).sqrt()
 
 
 def _parts(size: int, modes: Sequence[int], cut: int) -> tuple[int, int]:

@@ -28,6 +28,7 @@ from transformers import (
 from qll.errors import UnsafeCheckpointError, UsageError
 
 OMP_PAUSE_SOFT = 1  # of omp.h
+
 # A template is a program by a stranger; besides its own errors it can fail as programs do
 TEMPLATE_FAILURES = (
     TemplateError,
