@@ -2,7 +2,8 @@
 
 A matrix [out, in] becomes a tensor of its factored indices. Tensor-train matrix: one bond dimension
 for all bonds, capped where a cut allows less, the largest that fits. Tucker: all ranks the same
-share of their dimension, the largest that fits; every factor matrix is counted.
+share of their dimension, the largest that fits, then single ranks raised while they fit; every
+factor matrix is counted.
 """
 
 from __future__ import annotations
@@ -111,12 +112,24 @@ def train_params(out: Sequence[int], into: Sequence[int], ranks: Sequence[int]) 
 
 
 def tucker_ranks(dims: Sequence[int], keep: float) -> tuple[int, ...]:
-    """Ranks in proportion to `dims`, as large as `keep` of their product allows."""
+    """Ranks in proportion to `dims`, then one more wherever `keep` of their product allows it."""
 
     def sized(step: int) -> tuple[int, ...]:
         return tuple(max(1, round(step / STEPS * dim)) for dim in dims)
 
-    return _largest(sized, STEPS, lambda ranks: tucker_params(dims, ranks), dims, (), keep)
+    ranks = _largest(sized, STEPS, lambda ranks: tucker_params(dims, ranks), dims, (), keep)
+    while larger := _one_more(dims, ranks, keep * prod(dims)):
+        ranks = larger
+    return ranks
+
+
+def _one_more(dims: Sequence[int], ranks: tuple[int, ...], budget: float) -> tuple[int, ...] | None:
+    """`ranks` with the smallest share of its dimension raised that fits; None when none does."""
+    for leg in sorted(range(len(dims)), key=lambda leg: ranks[leg] / dims[leg]):
+        more = (*ranks[:leg], ranks[leg] + 1, *ranks[leg + 1 :])
+        if ranks[leg] < dims[leg] and tucker_params(dims, more) <= budget:
+            return more
+    return None
 
 
 def tucker_params(dims: Sequence[int], ranks: Sequence[int]) -> int:

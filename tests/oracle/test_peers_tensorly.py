@@ -36,6 +36,9 @@ def test_tucker_fits_and_keeps_the_energy_of_its_core(keep):
     ranks = tensorly_formats.tucker_ranks(dims, keep)
     found = tensorly_formats.tucker_matrix(WEIGHT, None, keep)
     assert found.params == tensorly_formats.tucker_params(dims, ranks) <= keep * 24 * 36
+    for leg, dim in enumerate(dims):
+        more = (*ranks[:leg], ranks[leg] + 1, *ranks[leg + 1 :])
+        assert ranks[leg] == dim or tensorly_formats.tucker_params(dims, more) > keep * 24 * 36
     # an orthogonal projection: energy kept plus energy lost is all there was
     kept, lost = found.matrix.double().norm() ** 2, (WEIGHT - found.matrix.double()).norm() ** 2
     assert float(kept + lost) == pytest.approx(float(WEIGHT.norm() ** 2), rel=1e-4)
