@@ -20,6 +20,7 @@ CALIBRATED = (
     "mpifa",
     "kfac_lems",
     "modegpt",
+    "sparsegpt",  # the published peer of ours_sparse
 )
 UNCALIBRATED = ("svd", "tensorly_tt", "tensorly_tucker", "tltorch_blocktt", "tltorch_tucker")
 # equal bytes: keep is 1, the row says how many bits a block weight takes

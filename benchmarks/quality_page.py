@@ -29,10 +29,11 @@ LABELS = {
     "svd_llm": "SVD-LLM (v1, whitening)",
     "swift_svd": "Swift-SVD",
     "whitened_interpolative": "SVD-LLM in PIFA storage",
-    "whitened_interpolative_shrunk": "SVD-LLM in PIFA storage with our shrinkage (`--metric activation`)",
+    "whitened_interpolative_shrunk": "SVD-LLM in PIFA storage, `--metric activation` of ours",
     "mpifa": "MPIFA (PIFA and its refit)",
     "kfac_lems": "K-FAC SVD with LEMS allocation",
     "modegpt": "MoDeGPT",
+    "sparsegpt": "SparseGPT (pruned entries and a bit mask)",
     "mpo_plain": "MPO of 3 cores, no metric",
     "tensorly_tt": "tensorly tensor train, 3 cores",
     "tensorly_tucker": "tensorly Tucker, 4 modes",
@@ -75,6 +76,7 @@ SUMMARY = (
     "whitened_interpolative",
     "svd_llm",
     "svd",
+    "sparsegpt",
 )
 PLOT = "quality.svg"
 # issue's targets for QLL: perplexity over dense on WikiText-2

@@ -20,6 +20,7 @@ METHODS = {
     "mpifa": ("pifa", "convert_refitted"),
     "kfac_lems": ("kfac_lems", "convert"),
     "modegpt": ("modegpt", "convert"),
+    "sparsegpt": ("sparsegpt", "convert"),
     "tensorly_tt": ("tensorly_formats", "tensor_train_cells"),
     "tensorly_tucker": ("tensorly_formats", "tucker_cells"),
     "tltorch_blocktt": ("tensorly_formats", "blocktt_cells"),
