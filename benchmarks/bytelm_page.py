@@ -10,12 +10,16 @@ from benchmarks.bytelm_cells import (
     BEST,
     GENERATION,
     GENERATION_LENGTHS,
+    LAW_MINUTES,
     LOSSES,
     PARTS,
     PLAIN,
+    SCALING,
+    SCALING_MINUTES,
     SEEDS,
     Cell,
     all_cells,
+    scaling_cell,
 )
 from benchmarks.bytelm_summary import MARGIN
 
@@ -50,6 +54,7 @@ def section(result: dict[str, Any]) -> str:
         GENERATION_WORDS,
         generation_table(rows),
         "### Where a larger model would land",
+        scaling_table(rows),
         scaling_words(result.get("scaling")),
     ]
     return "\n\n".join(part for part in parts if part)
@@ -196,6 +201,19 @@ def generation_table(rows: dict[str, Any]) -> str:
     return _table(["form", *(f"{length:,} bytes" for length in GENERATION_LENGTHS)], lines)
 
 
+def scaling_table(rows: dict[str, Any]) -> str:
+    """Bits per byte of plain transformers by size and by bytes of training."""
+    lines = []
+    for width, blocks, _ in SCALING:
+        cells = [scaling_cell(width, blocks, minutes) for minutes in SCALING_MINUTES]
+        found = [rows.get(cell.name, {}) for cell in cells]
+        size = next((f"{row['parameters']:,}" for row in found if row), NOT_RUN)
+        bits = [_number(row.get("bits_per_byte")) for row in found]
+        lines.append([f"{width} channels, {blocks} blocks", size, *bits])
+    head = ["plain transformer", "parameters", *(f"{n} minutes" for n in SCALING_MINUTES)]
+    return _table(head, lines)
+
+
 def scaling_words(scaling: dict[str, Any] | None) -> str:
     """The fitted law and what it says of the founding documents' preset."""
     if scaling is None:
@@ -203,9 +221,10 @@ def scaling_words(scaling: dict[str, Any] | None) -> str:
     law, preset = scaling["law"], scaling["preset"]
     low, high = preset["predicted_range"]
     return (
-        f"A law fitted to {scaling['runs']} small runs, bits per byte = {law['floor']:.2f} + "
-        f"{law['a']:.3f} (N / 10^6)^-{law['alpha']:.2f} + {law['b']:.3f} (D / 10^6)^-"
-        f"{law['beta']:.2f} (N parameters, D bytes; root mean square error of the logarithm "
+        f"A law fitted to {scaling['runs']} small runs of {LAW_MINUTES:g} minutes or more, bits "
+        f"per byte = {law['floor']:.2f} + {law['a']:.3f} (N / 10^6)^-{law['alpha']:.2f} + "
+        f"{law['b']:.3f} (D / 10^6)^-{law['beta']:.2f} (N parameters, D bytes; root mean square "
+        "error of the logarithm "
         f"{law['rms_log_error']:.3f}). The founding documents' preset, `{preset['command']}`, has "
         f"{preset['parameters'] / 1e6:.1f} million parameters and reads {preset['bytes'] / 1e6:.0f}"
         f" MB in 20 passes, worth {preset['effective_bytes'] / 1e6:.0f} MB of fresh text "
@@ -214,6 +233,21 @@ def scaling_words(scaling: dict[str, Any] | None) -> str:
         "with one run left out); WikiText-2 is another text, and the documents report 1.776 "
         f"there. Estimated memory: {preset['memory_bytes'] / 1e9:.1f} GB; estimated time on a GPU "
         f"of 165 TFLOP/s of which 35 % are reached: {preset['gpu_seconds'] / 60:.0f} minutes."
+        + check_words(scaling.get("check"))
+    )
+
+
+def check_words(check: dict[str, Any] | None) -> str:
+    """What the law says of a longer run that it was not fitted to."""
+    if check is None:
+        return ""
+    return (
+        f"\n\nHow far to trust it: for the plain twin's long run ({check['parameters'] / 1e6:.1f} "
+        f"million parameters, {check['bytes'] / 1e6:.1f} MB), which it was not fitted to, the law "
+        f"says {check['predicted']:.3f} bits per byte; measured were {check['bits_per_byte']:.3f}. "
+        f"Fitted to runs shorter than {LAW_MINUTES:g} minutes too "
+        f"({check['runs_with_shorter_ones']} in all), which are still on the way down from the "
+        f"start, it would say {check['predicted_with_shorter_ones']:.3f}."
     )
 
 

@@ -11,7 +11,17 @@ import numpy as np
 from scipy.optimize import least_squares
 from scipy.stats import t
 
-from benchmarks.bytelm_cells import BEST, LOSSES, PARTS, PLAIN, SEEDS, Cell, twin_of
+from benchmarks.bytelm_cells import (
+    BEST,
+    LAW_MINUTES,
+    LOSSES,
+    PARTS,
+    PLAIN,
+    SEEDS,
+    Cell,
+    all_cells,
+    twin_of,
+)
 from qll.bytelm.settings import LMTrainConfig, TextSettings
 from qll.bytelm.sizing import count_parameters
 
@@ -32,9 +42,13 @@ def summary(rows: dict[str, Any]) -> dict[str, Any]:
         row = rows.get(Cell("train", "long", label).name)
         if row is not None:
             found[label] = {key: row[key] for key in row if key not in ("samples", "config")}
-    points = [row for name, row in rows.items() if name.startswith("scaling/")]
+    runs = [cell for cell in all_cells() if cell.table == "scaling" and cell.name in rows]
+    points = [rows[cell.name] for cell in runs if cell.minutes >= LAW_MINUTES]
     if len(points) >= 8:
         found["scaling"] = scaling(points)
+        if PLAIN in found:
+            everything = [rows[cell.name] for cell in runs]
+            found["scaling"]["check"] = checked(found[PLAIN], points, everything)
     return found
 
 
@@ -83,18 +97,12 @@ def scaling(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     The range of the prediction is that of fits with one run left out.
     """
-    sizes = [row["parameters"] for row in points]
-    read = [row["bytes"] for row in points]
-    bits = [row["bits_per_byte"] for row in points]
-    law = fit_law(sizes, read, bits)
+    law = law_of(points)
     model = LMTrainConfig(texts=TextSettings(dataset="wikitext2"), preset="improved").model_config()
     params = count_parameters(model)
     total = PRESET_BYTES * PRESET_EPOCHS
     effective = effective_bytes(PRESET_BYTES, PRESET_EPOCHS)
-    parts = [
-        fit_law(*(values[:i] + values[i + 1 :] for values in (sizes, read, bits)))
-        for i in range(len(points))
-    ]
+    parts = [law_of([*points[:i], *points[i + 1 :]]) for i in range(len(points))]
     predictions = [predict(part, params, effective) for part in parts]
     flops = (6 * params + 12 * model.n_layers * model.d_model * model.context) * total
     # weights, gradients and two moments in float32; 34 bytes per channel and layer of activations
@@ -117,6 +125,25 @@ def scaling(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
             "run": False,
         },
     }
+
+
+def checked(
+    run: dict[str, Any], points: Sequence[dict[str, Any]], everything: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """A longer run that no fit has seen, beside what laws of `points` and of all runs say of it."""
+    size, read = run["parameters"], run["bytes"]
+    return {
+        **{key: run[key] for key in ("parameters", "bytes", "bits_per_byte")},
+        "predicted": predict(law_of(points), size, read),
+        "runs_with_shorter_ones": len(everything),
+        "predicted_with_shorter_ones": predict(law_of(everything), size, read),
+    }
+
+
+def law_of(points: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The law fitted to rows."""
+    keys = ("parameters", "bytes", "bits_per_byte")
+    return fit_law(*([row[key] for row in points] for key in keys))
 
 
 def fit_law(

@@ -17,6 +17,7 @@ from benchmarks.bytelm_cells import (
     BEST,
     BEST_SETTINGS,
     CONTEXT,
+    LAW_MINUTES,
     LOSSES,
     PARTS,
     PLAIN,
@@ -208,6 +209,33 @@ def test_the_law_is_recovered_from_what_it_predicts():
     low, high = preset["predicted_range"]
     assert low <= high
     assert effective_bytes(1.0, 1e9) == pytest.approx(1 + 15.39)
+
+
+def test_the_law_is_fitted_to_runs_past_their_start_and_held_against_a_longer_one():
+    law = {"floor": 0.9, "a": 0.4, "alpha": 0.3, "b": 0.7, "beta": 0.5}
+    rows = {"long/plain_twin/seed0": long_row(1.31) | {"parameters": 3_000_000, "bytes": 2e7}}
+    for cell in all_cells():
+        if cell.table == "scaling":
+            size, read = 10.0 * int(cell.label.split()[0]) ** 2, cell.minutes * 360_000
+            bits = predict(law, size, read) + (2.0 if cell.minutes < LAW_MINUTES else 0.0)
+            rows[cell.name] = {"parameters": size, "bytes": read, "bits_per_byte": bits}
+    found = summary(rows)["scaling"]
+    assert found["runs"] == sum(cell.minutes >= LAW_MINUTES for cell in _scaling_cells())
+    assert found["law"]["rms_log_error"] < 1e-4
+    check = found["check"]
+    assert check["bits_per_byte"] == 1.31
+    assert check["runs_with_shorter_ones"] == len(_scaling_cells()) > found["runs"]
+    assert check["predicted"] == pytest.approx(predict(law, 3e6, 2e7), rel=0.01)
+    assert abs(check["predicted_with_shorter_ones"] - check["predicted"]) > 0.003
+    words = bytelm_page.scaling_words(found)
+    assert f"says {check['predicted']:.3f} bits per byte; measured were 1.310" in words
+    table = bytelm_page.scaling_table(rows)
+    assert table.count("not run") == 2  # 32 minutes of the two largest
+    assert "check" not in summary({k: v for k, v in rows.items() if "long" not in k})["scaling"]
+
+
+def _scaling_cells():
+    return [cell for cell in all_cells() if cell.table == "scaling"]
 
 
 def test_the_corpus_is_unpacked_once_in_name_order(tmp_path):
