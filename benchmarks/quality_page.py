@@ -136,8 +136,21 @@ def headline_summary(result: dict[str, Any]) -> str:
     return (
         f"\n\n`--format {found['format']} --effort fast` against activation-whitened SVD with "
         f"interpolative storage at equal parameters, keep {found['keep']:g}, perplexity over "
-        f"{seeds} seeds: {', '.join(texts)}."
+        f"{seeds} seeds: {', '.join(texts)}.{other_winners(result)}"
     )
+
+
+def other_winners(result: dict[str, Any]) -> str:
+    """The other formats that win on every text, with their perplexities on the first."""
+    winners = [
+        f"`{found['format']}` ({text} {span(values['ours'])})"
+        for found in result.get("headline_candidates", [])
+        for text, values in list(found["texts"].items())[:1]
+        if found["won"] and found["format"] != result["headline"]["format"]
+    ]
+    if not winners:
+        return ""
+    return f" On every text that SVD loses to these too: {', '.join(winners)}."
 
 
 def span(values: list[float]) -> str:

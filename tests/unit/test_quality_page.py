@@ -183,6 +183,10 @@ def test_the_readme_says_which_format_won_and_how(result):
     shown = quality_page.summary(result | {"headline": found})
     assert "`--format panels --effort fast` against" in shown
     assert "wiki 14.00 to 16.00 instead of 18.00 to 20.00." in shown
+    assert "these too" not in shown
+    lost = {**found, "format": "kron", "won": False}
+    others = {"headline": found, "headline_candidates": [{**found, "format": "mpo"}, lost, found]}
+    assert "to these too: `mpo` (wiki 14.00 to 16.00)." in quality_page.summary(result | others)
     assert "instead of" not in quality_page.summary(result | {"headline": {**found, "won": False}})
     rows = {Cell("headline_panels", 0.8, 0, "").name: {**row(1.5), "note": "older labels"}}
     page = quality_page.section(result | {"rows": rows, "headline_candidates": [found]})
