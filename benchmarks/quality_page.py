@@ -142,12 +142,11 @@ def headline_summary(result: dict[str, Any]) -> str:
 
 def other_winners(result: dict[str, Any]) -> str:
     """The other formats that win on every text, with their perplexities on the first."""
-    winners = [
-        f"`{found['format']}` ({text} {span(values['ours'])})"
-        for found in result.get("headline_candidates", [])
-        for text, values in list(found["texts"].items())[:1]
-        if found["won"] and found["format"] != result["headline"]["format"]
-    ]
+    winners = []
+    for found in result.get("headline_candidates", []):
+        if found["won"] and found["format"] != result["headline"]["format"]:
+            text, values = next(iter(found["texts"].items()))
+            winners.append(f"`{found['format']}` ({text} {span(values['ours'])})")
     if not winners:
         return ""
     return f" On every text that SVD loses to these too: {', '.join(winners)}."

@@ -18,6 +18,10 @@ from torch import Tensor
 from qll.calibrate import LINEARS, LinearMoments, MomentStore
 from qll.load import Source
 
+# of GPTQ and SparseGPT, as published: share of the mean diagonal added to the Hessian, and columns
+# handled at a time
+DAMPING, PANEL = 0.01, 128
+
 
 @dataclass(frozen=True)
 class Replacement:
@@ -87,6 +91,23 @@ def pair_rank(shape: tuple[int, int], keep: float) -> int:
 def pair_params(shape: tuple[int, int], rank: int) -> int:
     """Numbers in the two factors of a matrix of rank `rank`."""
     return rank * (shape[0] + shape[1])
+
+
+def damped_hessian(moments: LinearMoments) -> Float64[Tensor, "into into"]:
+    """mean x x^T with a hundredth of its mean diagonal added to the diagonal."""
+    hessian = moments.input / moments.tokens
+    return hessian + DAMPING * hessian.diagonal().mean() * torch.eye(len(hessian)).double()
+
+
+def inverse_root(hessian: Float64[Tensor, "n n"]) -> Float64[Tensor, "n n"]:
+    """The upper Cholesky factor U of H^-1: row j over U_jj says what an error of one in column j
+    does to the later columns.
+
+    >>> inverse_root(4.0 * torch.eye(2).double()).tolist()
+    [[0.5, 0.0], [0.0, 0.5]]
+    """
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    return torch.linalg.cholesky(inverse, upper=True)
 
 
 def cholesky(moment: Float64[Tensor, "n n"]) -> Float64[Tensor, "n n"]:

@@ -14,14 +14,20 @@ from gguf import GGMLQuantizationType
 from jaxtyping import Float64, Int, UInt8
 from torch import Tensor
 
-from benchmarks.peers.case import Case, Method, Replacement, linears
+from benchmarks.peers.case import (
+    PANEL,
+    Case,
+    Method,
+    Replacement,
+    damped_hessian,
+    inverse_root,
+    linears,
+)
 from qll.calibrate import LinearMoments
 
 # the types gguf.quants can write for rows of 576 numbers; its k- and i-quants it can only read
 GGUF_TYPES = ("BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "MXFP4")
 GROUP = 32
-# share of the mean diagonal added to the Hessian, and columns handled at a time, as published
-DAMPING, PANEL = 0.01, 128
 
 
 def half(case: Case) -> Iterator[tuple[str, Replacement]]:
@@ -73,11 +79,9 @@ def gptq_codes(
     Columns by falling H_jj and scales of the weights as they were: the published code's
     --act-order --static-groups. In their own order int4 was worse than rounding to nearest here.
     """
-    hessian = moments.input / moments.tokens
-    hessian = hessian + DAMPING * hessian.diagonal().mean() * torch.eye(len(hessian)).double()
+    hessian = damped_hessian(moments)
     order = hessian.diagonal().argsort(descending=True, stable=True)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
-    upper = torch.linalg.cholesky(inverse, upper=True)
+    upper = inverse_root(hessian[order][:, order])
     scales = _scale(weight.reshape(len(weight), -1, group), bits)
     grid, work = scales.repeat_interleave(group, dim=1)[:, order], weight[:, order]
     codes = torch.empty(weight.shape, dtype=torch.int64)

@@ -11,12 +11,16 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from benchmarks.peers.case import Replacement, matrix_by_matrix, stored
+from benchmarks.peers.case import (
+    PANEL,
+    Replacement,
+    damped_hessian,
+    inverse_root,
+    matrix_by_matrix,
+    stored,
+)
 from qll.calibrate import LinearMoments
-
-# share of the mean diagonal added to the Hessian, and columns masked at a time, as published
-DAMPING, PANEL = 0.01, 128
-WORD = 32
+from qll.tn.sparse import WORD
 
 
 def pruned(weight: Float64[Tensor, "out into"], moments: LinearMoments, keep: float) -> Replacement:
@@ -25,11 +29,7 @@ def pruned(weight: Float64[Tensor, "out into"], moments: LinearMoments, keep: fl
     With H = mean x x^T + damping and U the upper Cholesky factor of H^-1, an entry costs
     (w / U_jj)^2, and w / U_jj times row j of U is taken from the later columns (algorithm 1).
     """
-    hessian = moments.input / moments.tokens
-    hessian = hessian + DAMPING * hessian.diagonal().mean() * torch.eye(len(hessian)).double()
-    upper = torch.linalg.cholesky(
-        torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True
-    )
+    upper = inverse_root(damped_hessian(moments))
     work, words = weight.clone(), math.ceil(weight.numel() / WORD)
     share = (keep * weight.numel() - words) / weight.numel()
     kept = 0
