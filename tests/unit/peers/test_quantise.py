@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks.peers import load_method, quantise
+from benchmarks.peers.case import DAMPING
 
 BITS = {
     "fp16": 16,
@@ -78,7 +79,7 @@ def test_gptq_follows_the_recursion_and_lowers_the_output_error(problem):
     assert ((weight - codes * grid) @ inputs.T).norm() < 0.8 * ((weight - plain) @ inputs.T).norm()
 
     hessian = moments.input / 500
-    hessian = hessian + quantise.DAMPING * hessian.diagonal().mean() * torch.eye(64).double()
+    hessian = hessian + DAMPING * hessian.diagonal().mean() * torch.eye(64).double()
     order = hessian.diagonal().argsort(descending=True)
     hessian, work = hessian[order][:, order], weight[:, order]
     codes, grid = codes[:, order], grid[:, order]
