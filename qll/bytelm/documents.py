@@ -110,7 +110,11 @@ def find_documents(paths: Sequence[Path], pattern: str = "*") -> list[Document]:
         elif path.is_file():
             found.append(Document(path.name, path))
         else:
-            raise TextError("no such file or folder", where=path, hint="give the path of a text")
+            raise TextError(
+                "no such file or folder",
+                where=path,
+                hint="give the path of a text; a data set of the hub goes in --dataset",
+            )
     return [document for document in found if len(document)]
 
 
