@@ -96,13 +96,12 @@ def refine(
         for name in ("original.0", "converted.0"):
             streams.create(name).copy_(embed(source, windows))
             streams.commit(name)
+    run = _Run(source, plan, options, moments, cores, journal, streams, settings, device)
     facts = []
     bar = tqdm(range(layers), "refine", unit="block", file=sys.stderr, disable=None)
     for index in bar:
         if index >= max(reached, default=0):
-            _refine_one(
-                source, plan, options, moments, index, cores, journal, streams, settings, device
-            )
+            run.step(index)
         line = _reported(journal, index)
         facts.append(line)
         bar.set_postfix_str(f"error {line['error_before']:.3f} -> {line['error_after']:.3f}")
@@ -143,52 +142,77 @@ def refine_block(
     return {**errors, "best_pass": best_pass}
 
 
-def _refine_one(
-    source: Source,
-    plan: Plan,
-    options: ConvertOptions,
-    moments: MomentStore | None,
-    index: int,
-    cores: Path,
-    journal: Journal,
-    streams: Streams,
-    settings: RefineSettings,
-    device: torch.device,
-) -> None:
-    """Block `index`: both streams one block on, its trained tensors and facts in the journal."""
-    original, converted = (streams.find(f"{kind}.{index}") for kind in ("original", "converted"))
-    targets = streams.find(f"original.{index + 1}")
-    if targets is None:
-        targets = streams.create(f"original.{index + 1}")
-        dense = build_block(source, index, device=device)
-        prepare_training(dense, settings.precision, device)
-        _run_stream(dense, original, targets, settings.precision, device)
-        streams.commit(f"original.{index + 1}")
-    done = journal.facts(_file(index)) is not None
-    tensors = block_tensors(source, plan, options, cores, index, journal.folder if done else None)
-    entries = {e.unit.members: e.spec for e in plan.of_block(index) if e.spec is not None}
-    block = build_network_block(source.config, index, entries, tensors, device)
-    prepare_training(block, settings.precision, device)
-    if not done:
+@dataclass(frozen=True)
+class _Run:
+    """What all blocks of one refinement share."""
+
+    source: Source
+    plan: Plan
+    options: ConvertOptions
+    moments: MomentStore | None
+    cores: Path
+    journal: Journal
+    streams: Streams
+    settings: RefineSettings
+    device: torch.device
+
+    def step(self, index: int) -> None:
+        """Both streams one block on; what block `index` was trained to goes to the journal."""
+        original, converted = (
+            self.streams.find(f"{kind}.{index}") for kind in ("original", "converted")
+        )
+        targets = self._targets(index, original)
+        block = self._converted_block(index)
+        if self.journal.facts(_file(index)) is None:
+            self._train(index, block, _task(original, converted, targets, self.moments, index))
+        self._run_stream(block, converted, f"converted.{index + 1}")
+        for kind in ("original", "converted"):
+            self.streams.drop(f"{kind}.{index}")
+
+    def _targets(self, index: int, original: Tensor) -> Tensor:
+        """What the original block `index` gives on the original stream."""
+        name = f"original.{index + 1}"
+        found = self.streams.find(name)
+        if found is not None:
+            return found
+        dense = build_block(self.source, index, device=self.device)
+        prepare_training(dense, self.settings.precision, self.device)
+        return self._run_stream(dense, original, name)
+
+    def _converted_block(self, index: int) -> nn.Module:
+        """Block `index` with its networks, trained where the journal says so."""
+        trained = None if self.journal.facts(_file(index)) is None else self.journal.folder
+        tensors = block_tensors(self.source, self.plan, self.options, self.cores, index, trained)
+        entries = {e.unit.members: e.spec for e in self.plan.of_block(index) if e.spec is not None}
+        block = build_network_block(self.source.config, index, entries, tensors, self.device)
+        prepare_training(block, self.settings.precision, self.device)
+        return block
+
+    def _train(self, index: int, block: nn.Module, task: Task) -> None:
         trained = [
             parameter
             for name, parameter in block.named_parameters()
-            if options.norms == "keep" or "norm" not in name
+            if self.options.norms == "keep" or "norm" not in name
         ]
         for parameter in trained:
             parameter.requires_grad_()
-        task = _task(original, converted, targets, moments, index)
-        facts = refine_block(block, task, settings, trained)
+        facts = refine_block(block, task, self.settings, trained)
         block.requires_grad_(False)
         values = {
             f"model.layers.{index}.{name}": p.detach().cpu() for name, p in block.named_parameters()
         }
-        journal.write(_file(index), values, facts)
-    after = streams.create(f"converted.{index + 1}")
-    _run_stream(block, converted, after, settings.precision, device)
-    streams.commit(f"converted.{index + 1}")
-    for kind in ("original", "converted"):
-        streams.drop(f"{kind}.{index}")
+        self.journal.write(_file(index), values, facts)
+
+    @torch.no_grad()
+    def _run_stream(self, block: nn.Module, before: Tensor, name: str) -> Tensor:
+        """The stream `name`: what `block` gives on `before`, window by window."""
+        after = self.streams.create(name)
+        for number in range(len(before)):
+            with autocast(self.settings.precision, self.device):
+                window = before[number : number + 1].to(self.device)
+                after[number] = run_block(block, window)[0].cpu()
+        self.streams.commit(name)
+        return after
 
 
 def _task(
@@ -231,15 +255,6 @@ def _held_out_error(
 
 def _seen(error: Tensor, root: Tensor | None) -> Tensor:
     return error if root is None else error @ root
-
-
-@torch.no_grad()
-def _run_stream(
-    block: nn.Module, before: Tensor, after: Tensor, precision: torch.dtype, device: torch.device
-) -> None:
-    for number in range(len(before)):
-        with autocast(precision, device):
-            after[number] = run_block(block, before[number : number + 1].to(device))[0].cpu()
 
 
 def require_held_out(windows: Int[Tensor, "windows context"]) -> None:

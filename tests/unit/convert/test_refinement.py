@@ -54,7 +54,7 @@ def test_resumed_after_one_block_it_leaves_the_same_bytes(tiny_hf_folder, tmp_pa
 def test_finished_blocks_are_not_run_again(tiny_hf_folder, tmp_path, monkeypatch):
     job = prepared(tiny_hf_folder, tmp_path)
     facts = refined(job, tmp_path)
-    monkeypatch.setattr("qll.convert.refinement._refine_one", None)
+    monkeypatch.setattr("qll.convert.refinement._Run.step", None)
     assert refined(job, tmp_path) == facts
 
 
