@@ -69,6 +69,8 @@ def readme(text: str) -> str:
     before, rest = text.split(MARKERS[0])
     after = rest.split(MARKERS[1])[1]
     shown = summary(read("main_job")["demo"], read("quality"))
+    if has("bytelm"):
+        shown += "\n\n" + bytelm_page.summary(read("bytelm"))
     return f"{before}{MARKERS[0]}\n{shown}\n{MARKERS[1]}{after}"
 
 
