@@ -29,6 +29,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -70,60 +71,88 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
 def main() -> None:
-    """Measure, predict, write."""
-    from qll.scale.profile import measure
-
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--only", choices=["rates", *CASES, "memory", "survival", "whole", "predict"]
-    )
-    parser.add_argument("--workers_run", type=Path, help="folder of a run with --workers")
-    arguments = parser.parse_args()
-    only = arguments.only
+    """Measure what was asked for, predict everything that was ever measured, write."""
+    arguments = parse()
     results = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     # the whole run names a machine of its own, and predictions alone measure nothing
-    if only not in ("whole", "predict"):
-        results |= {"machine": machine() | {"threads": 1}, "seed": 0}
+    if arguments.only not in ("whole", "predict"):
+        results |= {"machine": machine() | {"threads": 1}, "seed": 0, "cpu": cpu_name()}
         results |= {"command": "python benchmarks/planner.py", "versions": versions()}
-        results |= {"cpu": cpu_name()}
-    if only in (None, "rates"):
-        results["rates"] = measure()
-        save(results)
+    for name, measured in MEASURED.items():
+        if arguments.only in (None, name):
+            measured(results)
+            save(results)
+    predict_again(results)
+    if arguments.workers_run is not None:
+        results["whole_run"] |= workers_run(arguments.workers_run, results["whole_run"])
+    save(results)
+
+
+def parse() -> argparse.Namespace:
+    """Which part, and the folder of a run with workers."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=[*MEASURED, "predict"])
+    parser.add_argument("--workers_run", type=Path, help="folder of a run with --workers")
+    return parser.parse_args()
+
+
+def measure_rates(results: dict[str, Any]) -> None:
+    """Products of this machine on one thread."""
+    from qll.scale.profile import measure
+
+    results["rates"] = measure()
+
+
+def measure_run(results: dict[str, Any], case: str) -> None:
+    """The stages of one case of CASES."""
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
-        if only in (None, *CASES):
-            checkpoint = first_blocks(place / "checkpoint")
-        for name in CASES:
-            if only in (None, name):
-                row = conversion(checkpoint, place / name, name)
-                results.setdefault("runs", {})[name] = row
-                save(results)
-        if only in (None, "memory"):
-            results["memory"] = [memory_row(place / f"m{d}", d, f) for d, f in MEMORY_SHAPES]
-            save(results)
-        if only in (None, "survival"):
-            # rates of the same hour: the row may be measured long after the others
-            results["survival"] = survival_row(measure())
-            save(results)
+        checkpoint = first_blocks(Path(folder) / "checkpoint")
+        row = conversion(checkpoint, Path(folder) / "run", case)
+    results.setdefault("runs", {})[case] = row
+
+
+def measure_memory(results: dict[str, Any]) -> None:
+    """Peak memory of a job at two shapes."""
+    with tempfile.TemporaryDirectory() as folder:
+        results["memory"] = [memory_row(Path(folder) / f"m{d}", d, f) for d, f in MEMORY_SHAPES]
+
+
+def measure_survival(results: dict[str, Any]) -> None:
+    """Survival at one place, at rates of the same hour: it may be long after the other parts."""
+    from qll.scale.profile import measure
+
+    results["survival"] = survival_row(measure())
+
+
+def measure_whole(results: dict[str, Any]) -> None:
+    """What the 8B-shape run, if there is one, is held against: rates and files of this hour."""
+    from qll.scale.profile import measure
+
+    if WHOLE_RUN.exists():
+        rates = {"process": measure(threads=os.cpu_count()), "worker": measure()}
+        run = json.loads(WHOLE_RUN.read_text())
+        results["whole_run"] = {"machine": machine()} | whole_run(run, rates, file_rate())
+
+
+MEASURED = {
+    "rates": measure_rates,
+    **{case: partial(measure_run, case=case) for case in CASES},
+    "memory": measure_memory,
+    "survival": measure_survival,
+    "whole": measure_whole,
+}
+
+
+def predict_again(results: dict[str, Any]) -> None:
+    """Put beside every measured part what the code as it is now says of it."""
     for name, row in results.get("runs", {}).items():
         results["runs"][name] = predicted_run(row, name, known(results["rates"]))
     if "survival" in results:
         results["survival"] = predicted_survival(results["survival"])
-    save(results)
-    if only in (None, "whole") and WHOLE_RUN.exists():
-        rates = {"process": measure(threads=os.cpu_count()), "worker": measure()}
-        results["whole_run"] = whole_run(json.loads(WHOLE_RUN.read_text()), rates, file_rate())
-        save(results)
-    if only == "predict" and "whole_run" in results:
-        seen = results["whole_run"]
-        run = json.loads(WHOLE_RUN.read_text())
+    if "whole_run" in results:
+        seen, run = results["whole_run"], json.loads(WHOLE_RUN.read_text())
         rates = {name: known(found) for name, found in seen["rates"].items()}
-        again = whole_run(run, rates, seen["file_rate"])
-        results["whole_run"] = seen | again | {"machine": seen["machine"]}
-        save(results)
-    if arguments.workers_run is not None:
-        results["whole_run"] |= workers_run(arguments.workers_run, results["whole_run"])
-        save(results)
+        results["whole_run"] = seen | whole_run(run, rates, seen["file_rate"])
 
 
 def first_blocks(folder: Path) -> Path:
@@ -301,7 +330,6 @@ def whole_run(run: dict[str, Any], rates: dict[str, Any], disk: float) -> dict[s
     split = Machine("workers", 1, cores, rates["worker"], memory=1e12, disk=disk)
     predicted = stages_of(run, whole)
     return {
-        "machine": machine(),
         "rates": rates,
         "file_rate": disk,
         "blocks": run["blocks"],
