@@ -6,10 +6,12 @@ stdout carries results, stderr progress. Exit codes: 0 ok, 2 usage, 3 bad input 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
 import traceback
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -302,7 +304,7 @@ def _parse(verb: Verb, name: str, words: list[str]) -> Any:
         prog=program,
         description=description,
         # help is given whatever else stands there
-        args=["--help"] if "--help" in words else [_spelled(word, verb.aliases) for word in words],
+        args=["--help"] if "--help" in words else _spelled(words, verb),
         default=default,
         config=(tyro.conf.OmitArgPrefixes,),
         use_underscores=True,
@@ -341,7 +343,30 @@ def _flag(word: str) -> str:
     return word.partition("=")[0]
 
 
-def _spelled(word: str, aliases: Mapping[str, str]) -> str:
+def _spelled(words: list[str], verb: Verb) -> list[str]:
+    """The words as tyro takes them: flags by their names, `--streaming False` as a switch."""
+    switches, found = _switches(verb.config), []
+    for word in (_named(word, verb.aliases) for word in words):
+        flag = found[-1].removeprefix("--") if found else ""
+        if word in ("True", "False") and flag in switches:
+            found[-1] = f"--{flag}" if word == "True" else f"--no_{flag}"
+        else:
+            found.append(word)
+    return found
+
+
+def _switches(config: type) -> set[str]:
+    """Names of the settings of a dataclass, and of those inside it, that are on or off."""
+    found: set[str] = set()
+    for name, kind in typing.get_type_hints(config).items():
+        if kind is bool:
+            found.add(name)
+        elif dataclasses.is_dataclass(kind):
+            found |= _switches(kind)
+    return found
+
+
+def _named(word: str, aliases: Mapping[str, str]) -> str:
     """--calib-text and --calib_text are the same flag; values stay as they are."""
     if not word.startswith("--"):
         return word

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from qll import store
+from qll.bytelm.config import ModelConfig
 from qll.bytelm.corpus import Part, local_parts, named_parts
 from qll.bytelm.dataset import BatchLoader, require_windows
 from qll.bytelm.documents import Document, find_documents, split_documents
@@ -29,7 +30,7 @@ from qll.bytelm.settings import LMEvalConfig, LMTrainConfig
 from qll.bytelm.streaming import StreamLoader
 from qll.bytelm.trainer import Trainer
 from qll.config import to_json
-from qll.errors import ConfigError, TextError, UsageError
+from qll.errors import ConfigError, QLLError, TextError, UsageError
 from qll.pipeline import choose_device
 from qll.runfolder import claim_folder, environment
 from qll.train import keep_freed_memory
@@ -38,6 +39,8 @@ from qll.train.precision import autocast, choose_precision, fast_attention
 # settings that do not change what a run computes
 UNBINDING = ("out", "device")
 UNBINDING_WATCH = ("log_every", "save_every", "leak_below")
+# windows of --max_samples: an epoch begins anywhere in the first, and windows may shift
+LEAST_SAMPLES = 3
 
 
 def train(config: LMTrainConfig) -> dict[str, Any]:
@@ -57,19 +60,19 @@ def train(config: LMTrainConfig) -> dict[str, Any]:
         _claim(config, parts)
         print(f"{config.out} is complete; nothing to do", file=sys.stderr)
         return store.read_json(files.result)
-    steps = number_of_steps(config, parts)
-    _require_windows(parts, model_config.context)
+    number_of_steps(config, parts)
+    _require_windows(parts, model_config.context, config.texts.max_samples)
+    _require_memory_read(model_config)
     torch.manual_seed(config.seed)
     model = started(config, ByteModel(model_config)).to(device)
     require_growth(config, model)
     torch.manual_seed(config.seed)
     with store.lock(config.out):
-        _claim(config, parts)
-        loader, held_out = _data(config, parts, device)
+        loader, held_out = _claimed_data(config, parts, device)
         documents = held_out.documents()
         precision = choose_precision(config.precision, device)
         few = sample(documents, config.watch.val_max_chunks * model_config.context)
-        steps = steps or number_of_steps(config, parts, loader)
+        steps = number_of_steps(config, parts, loader)
         trainer = Trainer(config, model, loader, few, steps, precision)
         trainer.restore()
         stopped_by = trainer.run()
@@ -145,9 +148,17 @@ def number_of_steps(
 def started(config: LMTrainConfig, model: ByteModel) -> ByteModel:
     """`model` with the weights of --checkpoint, where there is one; its new parts stay as they are.
 
-    Raises ConfigError when the checkpoint is of another architecture.
+    Raises ConfigError when the checkpoint is of another architecture, and UsageError for a concept
+    layer of an autoencoder that nothing brings along.
     """
     if config.size.checkpoint is None:
+        if model.config.concept.kind == "sae":
+            raise UsageError(
+                "needs an autoencoder that was trained before",
+                where="concept.kind",
+                hint="put it into a model with qll.bytelm.concept.use_sae, save that, and give its "
+                "folder in --checkpoint",
+            )
         return model
     base = load_lm(config.size.checkpoint)
     try:
@@ -157,6 +168,8 @@ def started(config: LMTrainConfig, model: ByteModel) -> ByteModel:
     new = [name for name in missing if "adapter_" not in name and "prefix" not in name]
     if extra or new:
         raise _other_architecture(config.size.checkpoint, ", ".join([*extra, *new][:5]))
+    for name in missing:  # what is new learns, even where the base is frozen
+        model.get_parameter(name).requires_grad_()
     return model
 
 
@@ -171,21 +184,56 @@ def _windows(
     config: LMTrainConfig, parts: Sequence[Part], loader: BatchLoader | StreamLoader | None
 ) -> int | None:
     """Windows of an epoch, when that can be known now."""
+    limit, length = config.texts.max_samples, config.model_config().context
+    sizes = [part.facts.get("trained_bytes") for part in parts]
+    if None not in sizes:
+        windows = [size // length for size in sizes]
+        return sum(windows if limit is None else (min(limit, count) for count in windows))
     if isinstance(loader, BatchLoader):
         return sum(map(len, loader.datasets))
-    sizes = [part.facts.get("trained_bytes") for part in parts]
-    if None in sizes:
-        return None
-    limit, length = config.texts.max_samples, config.model_config().context
-    windows = [size // length for size in sizes]
-    return sum(windows if limit is None else (min(limit, count) for count in windows))
+    # a text that is read as a stream begins again after so many windows
+    return None if limit is None or not config.texts.streaming else limit * len(parts)
 
 
-def _require_windows(parts: Sequence[Part], context: int) -> None:
+def _require_windows(parts: Sequence[Part], context: int, limit: int | None) -> None:
+    if limit is not None and limit < LEAST_SAMPLES:
+        raise UsageError(
+            "too few to train on",
+            where="--max_samples",
+            expected=f"at least {LEAST_SAMPLES}",
+            found=limit,
+        )
     for part in parts:
         size = part.facts.get("trained_bytes")
         if size is not None:
             require_windows(part.name, size + 2, context)
+
+
+def _require_memory_read(config: ModelConfig) -> None:
+    """Raise UsageError for a recurrent memory that no window of training would read."""
+    if config.memory.memory_tokens and config.segment >= config.context:
+        raise UsageError(
+            "the memory would be written after the last byte of a window, and never read",
+            where="memory.segment",
+            expected=f"below the context, {config.context}",
+            found=config.segment,
+        )
+
+
+def _claimed_data(
+    config: LMTrainConfig, parts: Sequence[Part], device: torch.device
+) -> tuple[BatchLoader | StreamLoader, PackedText]:
+    """Claim the folder and read the texts; a new folder whose texts cannot be read is let go."""
+    files = RunFiles(config.out)
+    begun = files.run.exists()
+    _claim(config, parts)
+    try:
+        return _data(config, parts, device)
+    except QLLError:
+        if not begun:
+            store.remove(files.data)
+            store.remove(files.run)
+        raise
 
 
 def _data(
@@ -277,5 +325,6 @@ def _other_architecture(path: Path, found: str) -> ConfigError:
         "weights of another architecture",
         where=path,
         found=found[:300],
-        hint="leave out the sizes: they are those of the checkpoint",
+        hint="leave out sizes and parts: they are those of the checkpoint, to which only adapters "
+        "and global tokens can be added",
     )

@@ -63,6 +63,15 @@ def freeze_base(model: nn.Module) -> None:
         parameter.requires_grad_("adapter_" in name)
 
 
+def unmerged(model: nn.Module) -> dict[str, Tensor]:
+    """The state of a ByteModel whose adapters are not (any more) part of its weights."""
+    tensors = dict(model.state_dict())
+    for name, module in model.named_modules():
+        if isinstance(module, AdaptedLinear) and module.merged:
+            tensors[f"{name}.weight"] = module.weight.detach() - module.change().detach()
+    return tensors
+
+
 def with_adapters(model: nn.Module, rank: int, alpha: float, train_only: bool = True) -> nn.Module:
     """A copy of a ByteModel with adapters on its block linears, computing the same function.
 
@@ -78,7 +87,7 @@ def with_adapters(model: nn.Module, rank: int, alpha: float, train_only: bool = 
         model.config.weights, lora_rank=rank, lora_alpha=alpha, lora_train_only=train_only
     )
     adapted = type(model)(replace(model.config, weights=weights)).to(model.embedding.weight)
-    adapted.load_state_dict(model.state_dict(), strict=False)
+    adapted.load_state_dict(unmerged(model), strict=False)
     return adapted.train(model.training)
 
 

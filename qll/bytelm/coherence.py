@@ -7,7 +7,7 @@ what a complex model gains must show against what the twin has anyway.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -111,24 +111,41 @@ def phase_statistics(
 def streams(
     model: ByteModel, ids: Int[Tensor, "batch seq"]
 ) -> list[Float[Tensor, "batch seq d_model"]]:
-    """The residual stream before the first block and after every block.
+    """The residual stream before the first block and after every block (and the concept layer).
 
     >>> from qll.bytelm.config import ModelConfig
     >>> model = ByteModel(ModelConfig(d_model=32, n_layers=2, context=8)).eval()
     >>> len(streams(model, torch.zeros(1, 8, dtype=torch.long)))
     3
     """
-    seen: list[Tensor] = []
+    readers = [*model.blocks, model.norm]
+    seen: list[list[Tensor]] = [[] for _ in readers]
 
-    def keep(module: torch.nn.Module, inputs: tuple, output: tuple) -> None:
-        if not seen:
-            seen.append(inputs[0].detach())
-        seen.append(output[0].detach())
+    def keep(place: int) -> Callable[[torch.nn.Module, tuple], None]:
+        return lambda module, inputs: seen[place].append(inputs[0].detach())
 
-    hooks = [block.register_forward_hook(keep) for block in model.blocks]
+    hooks = [reader.register_forward_pre_hook(keep(i)) for i, reader in enumerate(readers)]
     try:
         model(ids)
     finally:
         for hook in hooks:
             hook.remove()
-    return seen
+    of_bytes = passes_of_bytes(model, ids)
+    blocks = [[x for x, chosen in zip(xs, of_bytes, strict=True) if chosen] for xs in seen[:-1]]
+    return [torch.cat(xs, dim=1) for xs in [*blocks, seen[-1]]]
+
+
+def passes_of_bytes(model: ByteModel, ids: Int[Tensor, "batch seq"]) -> list[bool]:
+    """Of the passes through the blocks when `ids` are read: True reads bytes, False writes memory.
+
+    >>> from qll.bytelm.config import ModelConfig
+    >>> passes_of_bytes(ByteModel(ModelConfig(d_model=32, n_layers=1)), torch.zeros(1, 8).long())
+    [True]
+    """
+    found, end = [], 0
+    for piece in model.pieces(ids, 0):
+        end += piece.shape[1]
+        found.append(True)
+        if model.memory is not None and end % model.memory.segment == 0:
+            found.append(False)
+    return found

@@ -111,7 +111,8 @@ def strongest(strengths: Float[Tensor, "*batch codes"], k: int) -> Float[Tensor,
 def use_sae(model: nn.Module, sae: SAE, layer: int | None = None) -> nn.Module:
     """A copy of a ByteModel with `sae` (from `qll.load_sae`) as frozen codebook after `layer`.
 
-    It computes what the model did until its gain is trained. Raises ShapeError for another width,
+    It computes what the model did until its gain is trained: `save_model` it, and give the folder
+    to `qll lm train --checkpoint`. Raises ShapeError for another width,
     UsageError for an autoencoder that is not a plain top-k one.
     """
     spec = sae.spec
@@ -121,7 +122,7 @@ def use_sae(model: nn.Module, sae: SAE, layer: int | None = None) -> nn.Module:
             where=spec.hookpoint,
             expected="top-k, without normalisation or skip connection",
             found=f"{spec.activation}, normalisation {spec.normalize}",
-            hint="train one with `qll sae train --kind topk`",
+            hint="train a top-k one on this model's stream, in a layout that load_sae reads",
         )
     if spec.d_in != model.config.d_model:
         raise ShapeError(

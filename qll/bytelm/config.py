@@ -83,7 +83,8 @@ class MemoryConfig:
     memory_tokens: int = 0
     """Recurrent memory: so many vectors are read and rewritten at the end of every segment."""
     segment: int = 0
-    """Bytes between two writes of the recurrent memory; 0 is the context."""
+    """Bytes between two writes of the recurrent memory; 0 is half the context, so that what is
+    written in a window of training is read in it."""
 
     def __post_init__(self) -> None:
         for name in ("global_tokens", "memory_tokens", "segment"):
@@ -163,7 +164,8 @@ class LossConfig:
     width: float = 0.01
     """Weight of the open share of feed-forward channels, when positions choose it."""
     weighting: Literal["constant", "ramp", "uncertainty"] = "constant"
-    """ramp: weights grow linearly over the first half; uncertainty: they are learned."""
+    """ramp: weights grow linearly over the first half of the run, counted from the first stage that
+    has one; uncertainty: they are learned."""
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
@@ -243,7 +245,7 @@ class ModelConfig:
     @property
     def segment(self) -> int:
         """Bytes between two writes of the recurrent memory."""
-        return self.memory.segment or self.context
+        return self.memory.segment or max(1, self.context // 2)
 
     @property
     def concept_layer(self) -> int:

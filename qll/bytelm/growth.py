@@ -136,7 +136,8 @@ def _grown_config(
         raise UsageError(
             "only a plain model of attention blocks can grow",
             where="grow",
-            hint="grow the plain twin first and add parts afterwards",
+            hint="grow a plain model; adapters and global tokens can be added to it afterwards, "
+            "with --checkpoint",
         )
     if d_model % before.d_head or d_model < before.d_model or n_layers < before.n_layers:
         raise UsageError(

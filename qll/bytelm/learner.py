@@ -78,7 +78,7 @@ class Learner:
         self.parameters = list(self.optimiser.named.values())
         self.context = context
         self.sums: dict[str, Tensor] = {}
-        self.steps_summed = 0
+        self.counts: dict[str, int] = {}
 
     @property
     def measured(self) -> ByteModel:
@@ -108,14 +108,12 @@ class Learner:
         self.optimiser.step()
         if self.average is not None:
             self.average.update_parameters(self.model)
-        self.steps_summed += 1
         return norm
 
     def take_terms(self) -> dict[str, float]:
-        """Means of the terms of the loss since they were taken last."""
-        count = max(1, self.steps_summed * self.settings.accumulate_steps)
-        found = {name: float(value) / count for name, value in self.sums.items()}
-        self.sums, self.steps_summed = {}, 0
+        """Means of the terms of the loss since they were taken last, each over where it was on."""
+        found = {name: float(value) / self.counts[name] for name, value in self.sums.items()}
+        self.sums, self.counts = {}, {}
         return found
 
     def weigh(self, losses: LossConfig) -> None:
@@ -134,7 +132,7 @@ class Learner:
             found["average"] = self.average.state_dict()
         return {name: dict(tensors) for name, tensors in found.items()}
 
-    def restore(self, groups: dict[str, dict[str, Tensor]], steps_summed: int) -> None:
+    def restore(self, groups: dict[str, dict[str, Tensor]], counts: dict[str, int]) -> None:
         """Continue where `groups` were taken; raises ConfigError when they are of another model."""
         try:
             self.model.load_state_dict(groups.get("model", {}))
@@ -149,7 +147,7 @@ class Learner:
                 hint="choose another --out, or delete the checkpoint to start over",
             ) from None
         self.optimiser.restore(groups.get("optimiser", {}))
-        self.sums, self.steps_summed = groups.get("sums", {}), steps_summed
+        self.sums, self.counts = groups.get("sums", {}), counts
 
     def _loss(
         self, ids: Int[Tensor, "batch seq"], targets: Int[Tensor, "batch seq"], done: float
@@ -163,6 +161,7 @@ class Learner:
         for name, value in terms.items():
             value = value.float()
             self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.counts[name] = self.counts.get(name, 0) + 1
 
     def _averaged(self) -> AveragedModel:
         average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(self.settings.ema))

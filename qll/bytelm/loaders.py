@@ -45,7 +45,8 @@ def build_loaders(
 
     `texts` is the name of a data set or mix ("single", "multi", "large"), or a list of dicts as
     ScalableStreamingDataset takes, or of parts. Texts are packed once into `folder` unless
-    `streaming`. Raises TextError for texts that are missing, too short or cannot be reached.
+    `streaming`; of each, `max_samples` windows' worth at most are trained on. Raises TextError for
+    texts that are missing, too short or cannot be reached.
     """
     parts = _parts(texts, streaming)
     limit = None if max_samples is None else max_samples * seq_length
@@ -53,7 +54,13 @@ def build_loaders(
     held_out = PackedText(folder / HELD_OUT_NAME)
     if streaming:
         stream = ScalableStreamingDataset(
-            parts, seq_length, max_samples, buffer_size, seed=seed, rank=rank, world=world
+            parts,
+            seq_length,
+            buffer_size=buffer_size,
+            seed=seed,
+            rank=rank,
+            world=world,
+            max_per_text=max_samples,
         )
         return StreamLoader(stream, batch_size, device), held_out
     datasets = [

@@ -72,7 +72,7 @@ class ByteModel(nn.Module):
         (True, 3)
         """
         streams = []
-        for piece in self._pieces(ids, state.position):
+        for piece in self.pieces(ids, state.position):
             x, state = self._read(self.embedding(piece), state, notes)
             streams.append(x)
         stream = streams[0] if len(streams) == 1 else torch.cat(streams, dim=1)
@@ -84,8 +84,8 @@ class ByteModel(nn.Module):
         """Numbers that the model holds; a tied head counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def _pieces(self, ids: Tensor, position: int) -> list[Tensor]:
-        """`ids` cut where the recurrent memory is written; one piece without it."""
+    def pieces(self, ids: Int[Tensor, "batch seq"], position: int) -> list[Tensor]:
+        """`ids` from `position` on, cut where the recurrent memory is written; one without it."""
         if self.memory is None:
             return [ids]
         first, every = self.memory.until_write(position), self.memory.segment

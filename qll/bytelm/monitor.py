@@ -7,6 +7,7 @@ ends when the run does: complete, stopped, failed, or its process gone.
 from __future__ import annotations
 
 import os
+import platform
 import sys
 import time
 from dataclasses import dataclass
@@ -141,9 +142,12 @@ def _validations(lines: list[dict[str, Any]]) -> Table:
 
 
 def _gone(beat: dict[str, Any]) -> bool:
-    """Whether the process that wrote the heartbeat no longer runs, as far as can be seen here."""
+    """Whether the process that wrote the heartbeat no longer runs, as far as can be seen here:
+    of another machine nothing can."""
     process, written = beat.get("process"), beat.get("time", 0.0)
     if time.time() - written < STALE_SECONDS or not isinstance(process, int):
+        return False
+    if beat.get("host") != platform.node():
         return False
     try:
         os.kill(process, 0)

@@ -19,7 +19,7 @@ unknown), rss_bytes, device_bytes (0 on a CPU), stage (name of the curriculum's 
 bits_per_byte, best_bits_per_byte, best_step.
 
 heartbeat.json has: state ("training", "validating", "complete", "stopped", "failed"), process,
-time (seconds since 1970), step, steps (null when only a time limit is known), seconds,
+host, time (seconds since 1970), step, steps (null when only a time limit is known), seconds,
 max_seconds (null without), share (of the run, 0 to 1).
 
 training.json has: settings, model (its config), parameters, steps, bytes, seconds,

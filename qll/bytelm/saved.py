@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qll import store
+from qll.bytelm.adapter import unmerged
 from qll.bytelm.config import VOCAB, ModelConfig
 from qll.bytelm.model import ByteModel
 from qll.bytelm.runfiles import model_folder
@@ -38,7 +39,9 @@ def save_model(folder: Path, model: ByteModel) -> None:
     Raises OutputError when the folder cannot be written.
     """
     store.make_folder(folder)
-    tensors = {name: tensor.detach().cpu() for name, tensor in _tensors(model).items()}
+    # a model that is read has its adapters beside its weights, never in them
+    stored, tensors = _tensors(model), unmerged(model)
+    tensors = {name: tensors[name].detach().cpu() for name in stored}
     store.write_tensors(folder / TENSORS_NAME, tensors)
     facts = {"architecture": ARCHITECTURE, "vocabulary": VOCAB, "config": model.config.to_dict()}
     store.write_json(folder / CONFIG_NAME, facts)

@@ -90,7 +90,8 @@ class SizeSettings:
     """Single settings of the model config, as name=value, for instance mixer.pattern=interference
     stream.phase=rotation."""
     checkpoint: Path | None = None
-    """Run or model folder whose weights to start from; new parts, such as LoRA, start afresh."""
+    """Run or model folder whose weights to start from; adapters and global tokens that it has not
+    got start afresh."""
     model_dim: int | None = None
     """Channels of the residual stream (default 256)."""
     num_layers: int | None = None
@@ -364,6 +365,9 @@ def _check_numbers(config: LMTrainConfig) -> None:
         for name in names:
             _require(name, getattr(getattr(config, group), name), 0)
     _require("max_seconds", config.max_seconds, 0, exclusive=True)
+    _require("seed", config.seed, 0)
+    for weight in config.texts.data_weights:
+        _require("data_weights", weight, 0, exclusive=True)
     if not 0 <= config.learning.ema < 1:
         raise UsageError(
             "out of range", where="--ema", expected="in [0, 1)", found=config.learning.ema

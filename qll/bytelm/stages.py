@@ -19,6 +19,9 @@ from typing import Any
 from qll.bytelm.config import LossConfig
 from qll.errors import UsageError
 
+# losses that a stage may switch on
+OPTIONAL = ("coherence", "interference", "entanglement", "unlikelihood")
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -40,10 +43,7 @@ class Stage:
         >>> Stage("language", scale=0.0).weights(LossConfig(coherence=0.1)).coherence
         0.0
         """
-        scaled = {
-            name: getattr(losses, name) * self.scale
-            for name in ("coherence", "interference", "entanglement", "unlikelihood")
-        }
+        scaled = {name: getattr(losses, name) * self.scale for name in OPTIONAL}
         return dataclasses.replace(losses, **(scaled | dict(self.losses)))
 
 
@@ -100,6 +100,23 @@ def stage_at(stages: Sequence[Stage], share: float) -> int:
         if share < done - 1e-9:
             return number
     return len(stages) - 1
+
+
+def share_with_losses(stages: Sequence[Stage], losses: LossConfig, share: float) -> float:
+    """How much is done after `share` of a run, of what it does since its first optional loss.
+
+    >>> losses = LossConfig(coherence=0.1)
+    >>> [round(share_with_losses(STAGES["language_first"], losses, s), 2) for s in (0.5, 0.85, 1.0)]
+    [0.0, 0.5, 1.0]
+    """
+    before = 0.0
+    for stage in stages:
+        weights = stage.weights(losses)
+        if any(getattr(weights, name) for name in OPTIONAL):
+            break
+        before += stage.share / sum(stage.share for stage in stages)
+    # without any of them, of the whole run
+    return max(0.0, (share - before) / (1 - before)) if before < 1 - 1e-9 else share
 
 
 def all_losses(stages: Sequence[Stage], losses: LossConfig) -> LossConfig:

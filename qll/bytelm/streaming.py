@@ -25,16 +25,23 @@ from qll.errors import IntegrityError
 
 
 class WindowStream:
-    """The windows of one part, in order, for ever: seq_length bytes and the byte after them."""
+    """The windows of one part, in order, for ever: seq_length bytes and the byte after them.
 
-    def __init__(self, part: Part, seq_length: int) -> None:
-        self.part, self.seq_length = part, seq_length
+    After `limit` windows it begins again, if that is given.
+    """
+
+    def __init__(self, part: Part, seq_length: int, limit: int | None = None) -> None:
+        self.part, self.seq_length, self.limit = part, seq_length, limit
+        self.given = 0
         self.documents_read, self.rest = 0, b""
         self.pieces: Iterator[bytes] | None = None
         self.pieces_read = 0
 
     def next(self) -> bytes:
         """The next window; the one after it begins where its inputs end."""
+        if self.given == self.limit:
+            self._begin_again()
+        self.given += 1
         length = self.seq_length
         while len(self.rest) < length + 1:
             self.rest += self._piece()
@@ -49,6 +56,7 @@ class WindowStream:
     def state(self) -> dict[str, Any]:
         """Where it is, as JSON."""
         return {
+            "given": self.given,
             "documents": self.documents_read,
             "pieces": self.pieces_read,
             "rest": base64.b64encode(self.rest).decode(),
@@ -58,6 +66,11 @@ class WindowStream:
         """Continue from `state`."""
         self.documents_read, self.rest = state["documents"], base64.b64decode(state["rest"])
         self.pieces_read, self.pieces = state["pieces"], None
+        self.given = state["given"]
+
+    def _begin_again(self) -> None:
+        self.given = self.documents_read = self.pieces_read = 0
+        self.rest, self.pieces = b"", None
 
     def _piece(self) -> bytes:
         """More bytes: of the document at hand, or the boundary and the beginning of the next."""
@@ -85,7 +98,7 @@ class ScalableStreamingDataset:
     `dataset_configs` are dicts with "name" (a data set of the registry) or "path" (a local file or
     folder), and "weight". The buffer holds `buffer_size` windows, or as many as `memory_limit_gb`
     allows. Of `world` ranks each takes every `world`-th window. After `max_samples` windows it ends
-    when iterated; without, it never does.
+    when iterated; without, it never does. A text begins again after `max_per_text` of its windows.
 
     >>> import tempfile; path = Path(tempfile.mkdtemp()) / "text"
     >>> _ = path.write_bytes(b"ab" * 400)
@@ -105,9 +118,10 @@ class ScalableStreamingDataset:
         seed: int = 0,
         rank: int = 0,
         world: int = 1,
+        max_per_text: int | None = None,
     ) -> None:
         parts = [part for config in dataset_configs for part in parts_of(config)]
-        self.streams = [WindowStream(part, seq_length) for part in parts]
+        self.streams = [WindowStream(part, seq_length, max_per_text) for part in parts]
         self.shares = shares([part.weight for part in parts], len(parts))
         self.seq_length, self.max_samples = seq_length, max_samples
         most = int(memory_limit_gb * 2**30) // (seq_length + 1)
@@ -135,23 +149,22 @@ class ScalableStreamingDataset:
         return window
 
     def state(self) -> dict[str, Any]:
-        """Where it is, as JSON, the buffer included."""
+        """Where it is: JSON, but for the buffer, a uint8 tensor."""
         return {
             "drawn": self.drawn.tolist(),
             "streams": [stream.state() for stream in self.streams],
             "random": self.random.bit_generator.state,
-            "buffer": base64.b64encode(self.buffer[: self.filled].tobytes()).decode(),
+            "buffer": torch.from_numpy(self.buffer[: self.filled].copy()),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`; raises IntegrityError when it is of other texts or windows."""
-        data = np.frombuffer(base64.b64decode(state.get("buffer", "")), dtype=np.uint8)
-        width = self.buffer.shape[1]
-        fits = len(data) % width == 0 and len(data) <= self.buffer.size
+        rows, width = state.get("buffer", torch.empty(0, 0)), self.buffer.shape[1]
+        fits = rows.shape[1:] == (width,) and len(rows) <= len(self.buffer)
         if len(state.get("streams", ())) != len(self.streams) or not fits:
             raise IntegrityError("the position in the data is of other texts", where="checkpoint")
-        self.filled = len(data) // width
-        self.buffer[: self.filled] = data.reshape(self.filled, width)
+        self.filled = len(rows)
+        self.buffer[: self.filled] = rows.cpu().numpy()
         self.drawn = np.array(state["drawn"], dtype=np.int64)
         self.random.bit_generator.state = state["random"]
         for stream, item in zip(self.streams, state["streams"], strict=True):
@@ -185,7 +198,7 @@ class StreamLoader:
         return rows[:, :-1], rows[:, 1:]
 
     def state(self) -> dict[str, Any]:
-        """Where it is, as JSON."""
+        """Where it is: JSON, but for the buffer, a uint8 tensor."""
         return self.dataset.state()
 
     def restore(self, state: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ after the checkpoint is forgotten, since it will be logged again.
 from __future__ import annotations
 
 import os
+import platform
 import sys
 import time
 from collections.abc import Sequence
@@ -31,8 +32,9 @@ from qll.bytelm.progress import Progress, train_line, validation_line
 from qll.bytelm.runfiles import RunFiles
 from qll.bytelm.saved import save_model
 from qll.bytelm.settings import LMTrainConfig
-from qll.bytelm.stages import all_losses, stage_at
+from qll.bytelm.stages import all_losses, share_with_losses, stage_at
 from qll.bytelm.streaming import StreamLoader
+from qll.errors import ConfigError
 from qll.train.precision import autocast, fast_attention
 from qll.train.schedule import Schedule
 
@@ -90,11 +92,12 @@ class Trainer:
             groups, facts = read_checkpoint(self.files.checkpoint, self.device)
             config = ModelConfig.from_dict(facts["model"])
             if config != self.learner.model.config:
+                self._require_width_of_a_stage(config)
                 self.learner = self._learner(ByteModel(config).to(self.device))
-            self.learner.restore(groups, facts["steps_summed"])
+            self.learner.restore(groups, facts["counts"])
             self.progress = Progress(**facts["progress"])
             self.validated_step = facts["validated_step"]
-            self.loader.restore(facts["data"])
+            self.loader.restore({**facts["data"], **groups.get("data", {})})
             torch.set_rng_state(groups["random"]["cpu"].cpu())
             if "cuda" in groups["random"]:
                 torch.cuda.set_rng_state(groups["random"]["cuda"].cpu())
@@ -109,14 +112,17 @@ class Trainer:
         random = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state()
+        position = self.loader.state()
+        rows = {name: value for name, value in position.items() if isinstance(value, torch.Tensor)}
         facts = {
             "progress": vars(self.progress),
             "validated_step": self.validated_step,
-            "steps_summed": self.learner.steps_summed,
-            "data": self.loader.state(),
+            "counts": self.learner.counts,
+            "data": {name: value for name, value in position.items() if name not in rows},
             "model": self.learner.model.config.to_dict(),
         }
-        write_checkpoint(self.files.checkpoint, {**self.learner.groups(), "random": random}, facts)
+        groups = {**self.learner.groups(), "random": random, "data": rows}
+        write_checkpoint(self.files.checkpoint, groups, facts)
         self.saved_at = time.monotonic()
 
     def finish(self) -> None:
@@ -151,16 +157,20 @@ class Trainer:
         self.saved_at, self.logged = started, (before, self.progress.bytes)
         progress, watch = self.progress, self.config.watch
         self.validated_at = started
+        self._beat("training")
         while (done := self.schedule.done(progress.step, progress.seconds)) < 1:
             self._enter(stage_at(self.stages, done))
             rate = self.schedule.rate(progress.step, progress.seconds)
             check = self.device.type == "cpu" or (progress.step + 1) % watch.log_every == 0
-            norm = self.learner.step(self.loader, progress.step + 1, done, rate, check)
+            on = share_with_losses(self.stages, self.config.losses, done)
+            norm = self.learner.step(self.loader, progress.step + 1, on, rate, check)
             progress.step += 1
             progress.bytes += self._bytes_per_step
             progress.seconds = before + time.monotonic() - started
             if progress.step % watch.log_every == 0:
                 self._log(bar, rate * self.config.learning.lr, float(norm))
+            if time.monotonic() - self.beaten_at > BEAT_SECONDS:
+                self._beat("training")
             improved = self._validate_if_due()
             progress.seconds = before + time.monotonic() - started
             if improved or self._save_due():
@@ -194,6 +204,7 @@ class Trainer:
         self.validate()
         self.validated_at = time.monotonic()
         self.validation_seconds = self.validated_at - started
+        self._beat("training")
         return progress.best_step == progress.step
 
     def _too_soon(self) -> bool:
@@ -213,11 +224,26 @@ class Trainer:
         self.progress.stage = stage
         width, model = self.stages[stage].d_model, self.learner.model
         if width is not None and width != model.config.d_model:
+            # optimiser and average begin anew: what they know is of other shapes
+            weights = self.learner.objective.state_dict()
             self.learner = self._learner(grow(model, width))
+            self.learner.objective.load_state_dict(weights)
         self._weigh()
 
     def _weigh(self) -> None:
         self.learner.weigh(self.stages[self.progress.stage].weights(self.config.losses))
+
+    def _require_width_of_a_stage(self, config: ModelConfig) -> None:
+        """Raise ConfigError when the curriculum never gives the model this config."""
+        model, widths = self.learner.model, [stage.d_model for stage in self.stages]
+        if config.d_model in widths and grow(model, config.d_model).config == config:
+            return
+        raise ConfigError(
+            "of another architecture",
+            where=self.files.checkpoint,
+            expected=f"the model of {self.files.run.name}",
+            hint="choose another --out, or delete the checkpoint to start over",
+        )
 
     def _learner(self, model: ByteModel) -> Learner:
         # made with every loss of any stage, so that learned weights are there from the beginning
@@ -249,8 +275,6 @@ class Trainer:
         bar.n = round(100 * done, 1)
         best = "" if progress.best_bits is None else f", best {progress.best_bits:.3f}"
         bar.set_postfix_str(f"{line['bits_per_byte']:.3f} bits per byte{best}, {speed:,.0f} B/s")
-        if time.monotonic() - self.beaten_at > BEAT_SECONDS:
-            self._beat("training")
 
     def _beat(self, state: str) -> None:
         """Write heartbeat.json."""
@@ -258,6 +282,7 @@ class Trainer:
         facts: dict[str, Any] = {
             "state": state,
             "process": os.getpid(),
+            "host": platform.node(),
             "time": time.time(),
             "step": progress.step,
             "steps": self.schedule.steps,

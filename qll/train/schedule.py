@@ -22,6 +22,8 @@ class Schedule:
     [0.5, 1.0, 0.51, 0.02]
     >>> Schedule(steps=100, seconds=10.0).done(step=20, seconds=5.0)
     0.5
+    >>> Schedule(steps=10_000, seconds=10.0).rate(step=5, seconds=0.2)  # time is used up first
+    1.0
     """
 
     steps: int | None = None
@@ -40,10 +42,10 @@ class Schedule:
         done = self.done(step, seconds)
         if self.warm_up_steps is not None:
             warm = (step + 1) / max(1, self.warm_up_steps)
-        elif self.steps:
-            warm = (step + 1) / max(1, round(WARM_UP * self.steps))
         else:
-            warm = max(0.05, done / WARM_UP)
+            warm = max(0.05, done / WARM_UP) if self.seconds else 0.0
+            if self.steps:
+                warm = max(warm, (step + 1) / max(1, round(WARM_UP * self.steps)))
         after = max(0.0, (done - WARM_UP) / (1 - WARM_UP))
         fall = LAST_SHARE + (1 - LAST_SHARE) * 0.5 * (1 + math.cos(math.pi * after))
         return min(1.0, warm) * fall

@@ -200,3 +200,67 @@ def test_bad_models_are_refused_by_eval(text, tmp_path, capsys):
     tensors.write_bytes(tensors.read_bytes()[:-64])
     assert "cannot be read as safetensors" in said()
     assert "no such folder" in said() if store.remove(out) is None else False
+
+
+def test_texts_that_cannot_be_read_leave_the_folder_to_others(text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not installed
+    out = tmp_path / "run"
+    words = ["--out", out, *QUICK, "--max_steps", 2]
+    assert train("--dataset", "wikitext2", *words) == 3
+    assert "--data FILE_OR_FOLDER" in capsys.readouterr().err
+    assert not (out / "run.json").exists()
+    assert train("--data", text, *words) == 0, "the way that the hint shows"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--data_weights", "-1"], "--data_weights: out of range"),
+        (["--max_samples", 1], "--max_samples: too few"),
+        (["--seed", -1], "--seed: out of range"),
+        (["--set", "concept.kind=sae"], "concept.kind: needs an autoencoder"),
+        (["--set", "memory.memory_tokens=2", "memory.segment=32"], "never read"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_before_the_folder_is_taken(
+    text, tmp_path, flags, words, capsys
+):
+    out = tmp_path / "run"
+    assert train("--data", text, "--out", out, *QUICK, "--max_steps", 2, *flags) == 2
+    assert words in capsys.readouterr().err
+    assert not (out / "run.json").exists()
+
+
+HUB_TEXT = [f"row {n} of a text that comes from somewhere else. " for n in range(400)]
+
+
+@pytest.mark.parametrize("streaming", ["True", "False"])
+def test_the_documented_commands_read_a_data_set_as_often_as_they_say(
+    tmp_path, streaming, monkeypatch
+):
+    """`--dataset NAME --streaming True|False --max_samples N`, the hub replaced by a list."""
+    hub = type(sys)("datasets")
+    hub.load_dataset = lambda *names, split, streaming: [{"text": row} for row in HUB_TEXT]
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    out = tmp_path / "run"
+    words = ["--dataset", "tinystories", "--streaming", streaming, "--max_samples", 40]
+    assert train(*words, "--out", out, *QUICK, "--epochs", 2) == 0
+    result = json.loads((out / "training.json").read_text())
+    # 40 windows of 32 bytes, twice, in batches of 4; packed, an epoch has the last one less
+    assert result["bytes"] in {2 * 40 * 32, 2 * 38 * 32}
+    more = [*words, "--out", tmp_path / "more", *QUICK, "--epochs", 2, "--max_steps", 10_000]
+    assert train(*more) == 0
+    assert json.loads((tmp_path / "more" / "training.json").read_text())["bytes"] == result["bytes"]
+
+
+def test_new_global_tokens_learn_beside_a_frozen_base(text, tmp_path):
+    base, out = tmp_path / "base", tmp_path / "more"
+    assert train("--data", text, "--out", base, *QUICK, "--max_steps", 3) == 0
+    more = ["--checkpoint", base, "--lora_rank", 2, "--lora_train_only", "--global_tokens", 2]
+    words = ["--data", text, "--batch_size", 4, *more, "--val_every", 1]
+    from qll.bytelm.saved import load_model
+
+    assert train(*words, "--out", out, "--max_steps", 1) == 0
+    assert train(*words, "--out", tmp_path / "longer", "--max_steps", 9) == 0
+    prefixes = [load_model(f / "last").blocks[0].mixer.prefix for f in (out, tmp_path / "longer")]
+    assert not prefixes[0].equal(prefixes[1])

@@ -52,7 +52,7 @@ def test_folders_are_read_in_name_order_without_hidden_and_empty_files(tmp_path)
     assert [found.name for found in find_documents([tmp_path], "*.md")] == ["c.md"]
     with pytest.raises(TextError, match="no text in this folder"):
         find_documents([tmp_path], "*.rst")
-    with pytest.raises(TextError, match="no such file or folder.*--dataset"):
+    with pytest.raises(TextError, match=r"no such file or folder.*--dataset"):
         find_documents([tmp_path / "missing"])
 
 

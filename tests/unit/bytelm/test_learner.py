@@ -124,7 +124,7 @@ def test_a_restored_learner_continues_bit_by_bit(optimizer):
         for group, tensors in one.groups().items()
     }
     two = Learner(model_of(seed=1), LossConfig(), settings)
-    two.restore(groups, one.steps_summed)
+    two.restore(groups, one.counts)
     data_of_two = Given(rows(), 4)
     data_of_two.number = data.number
     for step in range(3, 6):

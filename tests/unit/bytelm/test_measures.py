@@ -17,7 +17,7 @@ from qll.bytelm.coherence import (
     resultant,
     streams,
 )
-from qll.bytelm.config import ModelConfig
+from qll.bytelm.config import ConceptConfig, MemoryConfig, ModelConfig
 from qll.bytelm.model import ByteModel
 from qll.bytelm.patterns import pattern, stream_pattern
 from qll.bytelm.ranks import effective_rank, state_ranks
@@ -152,3 +152,20 @@ def test_a_model_that_remembers_passes_the_probes_and_an_untrained_one_guesses(m
 def test_more_facts_than_names_are_refused(model):
     with pytest.raises(UsageError, match="too many facts"):
         multi_fact_recall(model, [17])
+
+
+@pytest.mark.parametrize("seq", [7, 16])
+def test_streams_of_a_model_with_memory_are_those_of_its_bytes(seq):
+    memory, concept = MemoryConfig(memory_tokens=3, segment=4), ConceptConfig(kind="vq", layer=1)
+    config = ModelConfig(
+        d_model=32, n_layers=2, n_heads=2, context=16, memory=memory, concept=concept
+    )
+    model, ids, notes = ByteModel(config).eval(), torch.arange(seq)[None], {}
+    with torch.no_grad():
+        model.step(ids, model.initial_state(1), notes)
+        found = streams(model, ids)
+    assert [x.shape for x in found] == 3 * [(1, seq, 32)]
+    assert found[0].equal(model.embedding(ids))
+    assert found[-1].equal(notes["stream"][0]), "what the concept layer wrote is in it"
+    assert [item.block for item in phase_statistics(model, ids, scales=(4,))] == [0, 1]
+    assert stream_pattern(model, ids).cross.shape == (3, 3)

@@ -9,7 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import qll
+from qll.bytelm.adapter import AdaptedLinear, with_adapters
 from qll.bytelm.config import MixerConfig, ModelConfig
+from qll.bytelm.model import ByteModel
 from qll.bytelm.saved import load_model, save_model
 from qll.errors import (
     ConfigError,
@@ -147,3 +149,19 @@ def test_settings_that_cannot_be(settings):
 def test_a_pattern_repeats():
     config = ModelConfig(n_layers=3, mixer=MixerConfig(pattern=("delta", "attention")))
     assert [config.mixer_of(layer) for layer in range(3)] == ["delta", "attention", "delta"]
+
+
+def test_adapters_that_are_merged_count_once_when_read(tmp_path):
+    base = ByteModel(ModelConfig(d_model=32, n_layers=1, n_heads=2)).eval()
+    model, ids = with_adapters(base, rank=2, alpha=4.0).eval(), torch.arange(9)[None]
+    adapted = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
+    with torch.no_grad():
+        for module in adapted:
+            module.adapter_up.normal_()
+        expected = model(ids)
+        for module in adapted:
+            module.merge()
+        save_model(tmp_path, model)
+        torch.testing.assert_close(load_model(tmp_path)(ids), expected, rtol=1e-4, atol=1e-4)
+        again = with_adapters(model, rank=2, alpha=4.0).eval()
+        torch.testing.assert_close(again(ids), expected, rtol=1e-4, atol=1e-4)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from qll.bytelm import registry
+from qll.bytelm.checkpoint import read_checkpoint, write_checkpoint
 from qll.bytelm.corpus import named_parts
 from qll.bytelm.loaders import build_loaders
 from qll.bytelm.registry import HubText, articles, mix_of
@@ -56,6 +57,34 @@ def test_resume_continues_exactly(configs):
     assert before == drawn(ScalableStreamingDataset(configs, 24, buffer_size=50, seed=5), 333)
     with pytest.raises(IntegrityError, match="of other texts"):
         ScalableStreamingDataset(configs[:1], 24).restore(one.state())
+
+
+def test_a_text_begins_again_after_so_many_of_its_windows(configs):
+    def some() -> ScalableStreamingDataset:
+        return ScalableStreamingDataset(configs[:1], 24, buffer_size=1, max_per_text=5)
+
+    one = some()
+    windows = [one._mine().tobytes() for _ in range(12)]
+    assert windows[:5] == windows[5:10]
+    assert windows[10:] == windows[:2]
+    assert len(set(windows)) == 5
+    two = some()
+    two.restore(one.state())
+    assert two._mine().tobytes() == windows[2]
+
+
+def test_a_large_buffer_is_read_back_from_a_checkpoint(configs, tmp_path):
+    """The header of a safetensors file has a limit that a buffer in it would pass."""
+    one = ScalableStreamingDataset(configs, 24, buffer_size=3000)
+    one.next()
+    state = one.state()
+    rows = state.pop("buffer")
+    write_checkpoint(tmp_path / "state", {"data": {"buffer": rows}}, state)
+    assert int.from_bytes((tmp_path / "state").read_bytes()[:8], "little") < 10_000
+    groups, facts = read_checkpoint(tmp_path / "state")
+    two = ScalableStreamingDataset(configs, 24, buffer_size=3000, seed=9)
+    two.restore({**facts, **groups["data"]})
+    assert drawn(two, 50) == drawn(one, 50)
 
 
 def test_ranks_share_the_windows(configs):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from qll.bytelm.checkpoint import read_checkpoint, write_checkpoint
 from qll.bytelm.config import LossConfig, ModelConfig
 from qll.bytelm.dataset import BatchLoader, MemoryEfficientByteDataset
 from qll.bytelm.leak import first_leak, require_plausible
@@ -20,7 +21,8 @@ from qll.bytelm.saved import load_lm
 from qll.bytelm.settings import LearningSettings, LMTrainConfig, SizeSettings, WatchSettings
 from qll.bytelm.stages import STAGES, Stage, stages_of
 from qll.bytelm.trainer import Trainer
-from qll.errors import IntegrityError, LeakError, NonFiniteError, UsageError
+from qll.errors import ConfigError, IntegrityError, LeakError, NonFiniteError, UsageError
+from qll.train.schedule import Schedule
 
 SMALL = ModelConfig(d_model=16, n_layers=1, n_heads=2, context=16)
 TEXT = "".join(f"{n * n} is the square of {n}. " for n in range(300)).encode()
@@ -267,3 +269,55 @@ def test_settings_that_do_not_fit_are_refused():
     improved = config(preset="improved").model_config()
     assert (improved.d_model, improved.n_layers, improved.n_heads) == (768, 12, 12)
     assert (improved.memory.global_tokens, improved.weights.lora_rank) == (16, 32)
+
+
+def test_steps_and_seconds_together_still_reach_the_highest_rate(tmp_path):
+    """With far more steps than there is time for, the warm-up is over in its share of the time."""
+    schedule = Schedule(steps=100_000, seconds=100.0)
+    rates = [schedule.rate(step, float(step)) for step in range(100)]
+    assert max(rates) == 1.0
+    assert rates.index(1.0) <= 2
+
+
+def test_a_checkpoint_of_a_model_that_the_run_never_has_is_refused(tmp_path):
+    trainer = trainer_of(config_of(tmp_path))
+    trainer.run()
+    groups, facts = read_checkpoint(RunFiles(tmp_path).checkpoint)
+    other = ByteModel(dataclasses.replace(SMALL, n_layers=SMALL.n_layers + 1))
+    groups["model"], facts["model"] = other.state_dict(), other.config.to_dict()
+    write_checkpoint(RunFiles(tmp_path).checkpoint, groups, facts)
+    with pytest.raises(ConfigError, match="another architecture"):
+        trainer_of(config_of(tmp_path)).restore()
+
+
+def test_a_term_is_averaged_over_the_steps_that_had_it(tmp_path):
+    """A line that covers the border of a stage shows the term of the later one undiluted."""
+    stages = [{"name": "one", "scale": 0}, {"name": "two", "losses": {"coherence": 0.5}}]
+    (tmp_path / "stages.json").write_text(json.dumps(stages))
+    straddling = config_of(tmp_path / "run", stages=str(tmp_path / "stages.json"))
+    trainer = trainer_of(straddling)
+    seen, take = [], trainer.learner.take_terms
+
+    def taken():
+        counts = dict(trainer.learner.counts)
+        seen.append((counts, take()))
+        return seen[-1][1]
+
+    trainer.learner.take_terms = taken
+    trainer.run()
+    steps = [(counts.get("coherence", 0), counts["cross_entropy"]) for counts, _ in seen]
+    assert steps == [(0, 4), (2, 4), (4, 4)]
+    assert seen[1][1]["coherence"] > 0.7 * seen[2][1]["coherence"]
+
+
+def test_learned_weights_of_losses_survive_growth(tmp_path):
+    stages = [{"name": "narrow"}, {"name": "wide", "d_model": 32}]
+    (tmp_path / "stages.json").write_text(json.dumps(stages))
+    losses = LossConfig(coherence=0.1, weighting="uncertainty")
+    trainer = trainer_of(config_of(tmp_path, losses=losses, stages=str(tmp_path / "stages.json")))
+    with torch.no_grad():
+        trainer.learner.objective.log_variance["coherence"].fill_(0.75)
+    trainer.progress.step = 1
+    trainer._enter(1)
+    assert trainer.learner.model.config.d_model == 32
+    assert trainer.learner.objective.log_variance["coherence"].item() == 0.75

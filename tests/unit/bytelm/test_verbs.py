@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -199,8 +200,11 @@ def test_monitor_sees_that_a_process_is_gone(tmp_path):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     beat = {"state": "training", "process": ended.pid, "time": time.time() - 300, "share": 0.1}
+    beat["host"] = platform.node()
     store.write_json(tmp_path / "heartbeat.json", beat)
     assert snapshot(tmp_path).state == "gone"
+    store.write_json(tmp_path / "heartbeat.json", beat | {"host": "another machine"})
+    assert snapshot(tmp_path).state == "training", "its processes cannot be seen from here"
     store.write_json(tmp_path / "heartbeat.json", beat | {"process": os.getpid()})
     assert snapshot(tmp_path).state == "training"
     store.write_json(tmp_path / "heartbeat.json", beat | {"state": "failed"})
