@@ -19,10 +19,11 @@ from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
 from benchmarks.peers.case import Case, Replacement, matrix_by_matrix, stored
+from benchmarks.peers.stream import after, inputs_of
 from benchmarks.peers.svd_llm import whitened
 from qll.calibrate import LinearMoments
 from qll.calibrate.moments import INPUTS
-from qll.model import build_block, embed, run_block
+from qll.model import build_block, embed
 
 DENSE_SHARE = 0.25
 # towards the dense weight in the refit of V, times the number of tokens' mean square
@@ -80,10 +81,10 @@ def convert_refitted(case: Case) -> Iterator[tuple[str, Replacement]]:
     for index in range(case.source.config.num_hidden_layers):
         block = build_block(case.source, index)
         moments = case.moments.block(index)
-        targets = {group: _inputs(block, group, dense) for group in INPUTS}
-        dense = _run(block, dense)
+        targets = {group: inputs_of(block, group, dense) for group in INPUTS}
+        dense = after(block, dense)
         for group, members in INPUTS.items():
-            inputs = _inputs(block, group, stream)
+            inputs = inputs_of(block, group, stream)
             own, cross = _second_moments(inputs, targets.pop(group))
             for member in members:
                 name, linear = f"model.layers.{index}.{member}", block.get_submodule(member)
@@ -93,7 +94,7 @@ def convert_refitted(case: Case) -> Iterator[tuple[str, Replacement]]:
                 matrix = pivoted(*refit(weight, *start, own, cross))
                 linear.weight = nn.Parameter(matrix, requires_grad=False)
                 yield name, stored(matrix, params_of(weight.shape, rank))
-        stream = _run(block, stream)
+        stream = after(block, stream)
 
 
 def refit(
@@ -116,33 +117,7 @@ def refit(
     return left, torch.linalg.lstsq(left, full).solution
 
 
-class _Reached(Exception):
-    """The input that was wanted is there; the rest of the block need not run."""
-
-
-def _inputs(block: nn.Module, group: str, hidden: Tensor) -> Tensor:
-    """What the linears of `group` read while `block` runs on `hidden`, [tokens, width]."""
-    found: list[Tensor] = []
-
-    def catch(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        found.append(arguments[0].flatten(0, -2))
-        raise _Reached
-
-    hook = block.get_submodule(INPUTS[group][0]).register_forward_pre_hook(catch)
-    for window in hidden:
-        try:
-            run_block(block, window[None])
-        except _Reached:
-            continue
-    hook.remove()
-    return torch.cat(found)
-
-
 def _second_moments(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """mean x^ x^T^ and mean x x^T^ over tokens, float64."""
     own = (inputs.T @ inputs).double() / len(inputs)
     return own, (targets.T @ inputs).double() / len(inputs)
-
-
-def _run(block: nn.Module, hidden: Tensor) -> Tensor:
-    return torch.cat([run_block(block, window[None]) for window in hidden])

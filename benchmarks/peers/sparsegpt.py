@@ -1,6 +1,7 @@
 """SparseGPT (Frantar and Alistarh 2023, arXiv 2301.00774): unstructured pruning, uniform sparsity.
 
-Stored as the values kept and one bit per entry, 32 of which count as one number.
+Stored as the values kept and one bit per entry, 32 of which count as one number. Inputs are those
+of the model as it is pruned so far, as in the published code.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from benchmarks.peers.case import (
     Replacement,
     damped_hessian,
     inverse_root,
-    matrix_by_matrix,
     stored,
 )
+from benchmarks.peers.stream import on_the_stream
 from qll.calibrate import LinearMoments
 from qll.tn.sparse import WORD
 
@@ -52,4 +53,4 @@ def pruned(weight: Float64[Tensor, "out into"], moments: LinearMoments, keep: fl
     return stored(work, kept + words)
 
 
-convert = matrix_by_matrix(pruned)
+convert = on_the_stream(pruned)
