@@ -18,6 +18,7 @@ import fnmatch
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import shlex
 import subprocess
@@ -39,6 +40,7 @@ from benchmarks.peers import Case, load_method
 from benchmarks.quality_cells import (
     HEADLINE,
     HEADLINE_BASELINES,
+    HEADLINE_CONTROL,
     HEADLINE_KEEP,
     SEEDS,
     Cell,
@@ -231,7 +233,9 @@ def headline(rows: dict[str, Any]) -> dict[str, Any]:
     better, per seed and text, of the activation-whitened SVDs with interpolative storage.
 
     A candidate wins when its mean over seeds is lower on every text at no more parameters. The
-    headline is the last winner in the order of HEADLINE, or else the candidate nearest to it.
+    headline is the last winner in the order of HEADLINE, or else the candidate nearest to it. Of
+    each the control is there too: one low-rank network per matrix in the same metric and budget, on
+    the seeds that have been run.
     """
     candidates = [found for format in HEADLINE if (found := _against(format, rows)) is not None]
     if not candidates:
@@ -250,6 +254,8 @@ def _against(format: str, rows: dict[str, Any]) -> dict[str, Any] | None:
     baselines = {name: found for name in HEADLINE_BASELINES if (found := named(name)) is not None}
     if ours is None or len(baselines) < len(HEADLINE_BASELINES):
         return None
+    names = [Cell(HEADLINE_CONTROL, HEADLINE_KEEP, seed, "").name for seed in SEEDS]
+    control = [rows[name] for name in names if name in rows]
     texts = {}
     for text in ours[0]["texts"]:
         theirs = {
@@ -259,6 +265,7 @@ def _against(format: str, rows: dict[str, Any]) -> dict[str, Any] | None:
             "ours": [row["texts"][text]["ppl"] for row in ours],
             "whitened_interpolative": [min(ppls) for ppls in zip(*theirs.values(), strict=True)],
             "baselines": theirs,
+            "low_rank": [row["texts"][text]["ppl"] for row in control],
         }
     params = max(row["params_ratio"] for row in ours)
     allowed = max(
@@ -287,7 +294,7 @@ def general(texts: Texts) -> dict[str, Any]:
 
 
 def command(cell: Cell, arguments: argparse.Namespace) -> str:
-    """The line that runs this cell again, texts by file name."""
+    """The line that runs this cell again from the folder of the repository."""
     words = ["--only", cell.name, "--again", "--calib", *map(str, arguments.calib)]
     words += ["--eval", str(arguments.eval), "--third", str(arguments.third)]
     words += ["--calib_tokens", str(arguments.calib_tokens)]
@@ -298,8 +305,14 @@ def command(cell: Cell, arguments: argparse.Namespace) -> str:
 
 
 def shareable(words: list[str]) -> list[str]:
-    """The words without the folders of this machine."""
-    return [Path(word).name if "/" in word and Path(word).exists() else word for word in words]
+    """Paths in and beside the repository from its folder on, others by their names alone."""
+    return [_shareable(Path(word)) if Path(word).exists() else word for word in words]
+
+
+def _shareable(path: Path) -> str:
+    whole = path.resolve()
+    inside = whole.is_relative_to(ROOT.parent)
+    return os.path.relpath(whole, ROOT) if inside else path.name
 
 
 def commit() -> str:

@@ -108,6 +108,8 @@ HEADLINE = {
 }
 # activation-whitened SVD with interpolative storage: as published, and with our shrinkage
 HEADLINE_BASELINES = ("whitened_interpolative", "whitened_interpolative_shrunk")
+# the same metric, allocation and storage, and one low-rank network per matrix: what a format adds
+HEADLINE_CONTROL = "ablation_single_matrices"
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ LABELS = {
     "svd": "truncated SVD",
     "asvd": "ASVD (alpha 0.5, uniform ranks)",
     "svd_llm": "SVD-LLM (v1, whitening)",
-    "swift_svd": "Swift-SVD",
+    "swift_svd": "Swift-SVD (uniform ranks)",
     "whitened_interpolative": "SVD-LLM in PIFA storage",
     "whitened_interpolative_shrunk": "SVD-LLM in PIFA storage, `--metric activation` of ours",
     "mpifa": "MPIFA (PIFA and its refit)",
@@ -149,16 +149,51 @@ def other_winners(result: dict[str, Any]) -> str:
             winners.append(f"`{found['format']}` ({text} {span(values['ours'])})")
     if not winners:
         return ""
-    return f" On every text that SVD loses to these too: {', '.join(winners)}."
+    return (
+        f" On every text that SVD loses to these too: {', '.join(winners)}."
+        f"{control_words(result['headline_candidates'])}"
+    )
+
+
+def control_words(candidates: list[dict[str, Any]]) -> str:
+    """Which formats are better than low rank in the same metric and budget, or nothing where that
+    has not been run."""
+    measured = [found for found in candidates if low_rank_of(found)]
+    if not measured:
+        return ""
+    shown = ", ".join(
+        f"{text} {span(values['low_rank'])}" for text, values in measured[0]["texts"].items()
+    )
+    seeds = len(low_rank_of(measured[0]))
+    better = [f"`{found['format']}`" for found in measured if beats_low_rank(found)]
+    return (
+        f" One low-rank network per matrix in the same metric and budget (`--format lowrank`, "
+        f"{seeds} of {len(SEEDS)} seeds) has {shown}: on the same seeds lower on every text "
+        f"{'is' if len(better) == 1 else 'are'} {', '.join(better) or 'none'}."
+    )
+
+
+def low_rank_of(candidate: dict[str, Any]) -> list[float]:
+    """Perplexities of the control on the first text."""
+    return next(iter(candidate["texts"].values())).get("low_rank", [])
+
+
+def beats_low_rank(candidate: dict[str, Any]) -> bool:
+    """Whether the mean is lower than the control's on every text, on the seeds of the control."""
+    return all(
+        sum(text["ours"][: len(text["low_rank"])]) < sum(text["low_rank"])
+        for text in candidate["texts"].values()
+    )
 
 
 def span(values: list[float]) -> str:
-    """Lowest to highest.
+    """Lowest to highest, or the one there is.
 
-    >>> span([2.0, 1.0])
-    '1.00 to 2.00'
+    >>> span([2.0, 1.0]), span([1.0])
+    ('1.00 to 2.00', '1.00')
     """
-    return f"{perplexity(min(values))} to {perplexity(max(values))}"
+    low, high = perplexity(min(values)), perplexity(max(values))
+    return low if low == high else f"{low} to {high}"
 
 
 def introduction(result: dict[str, Any], done: int) -> str:
@@ -284,6 +319,7 @@ def headline_table(candidates: list[dict[str, Any]], rows: dict[str, Any]) -> st
     if not candidates:
         return f"{NOT_RUN.capitalize()}: three seeds of a format and of both baselines are needed."
     head = ["format", "keep", "kept", "text", "QLL", "whitened SVD, interpolative", "lower"]
+    head.append("low rank, same metric and budget")
     lines = []
     for candidate in candidates:
         method = f"headline_{candidate['format']}"
@@ -299,12 +335,14 @@ def headline_table(candidates: list[dict[str, Any]], rows: dict[str, Any]) -> st
                     " / ".join(map(perplexity, ours)),
                     " / ".join(map(perplexity, theirs)),
                     "yes" if sum(ours) < sum(theirs) else "no",
+                    " / ".join(map(perplexity, found.get("low_rank", []))) or NOT_RUN,
                 ]
             )
     words = (
         "Perplexity on each seed. The baseline is, per seed and text, the better of the published "
         "whitening and of the one with our shrinkage; `headline` in the result file is the last "
-        "format that is lower on every text, or else the nearest."
+        "format that is lower on every text, or else the nearest. The last column is the control: "
+        f"`--format lowrank` with everything else the same.{control_words(candidates)}"
     )
     return f"{words}\n\n{table(head, lines)}"
 

@@ -27,6 +27,7 @@ from qll.load import (
     read_text,
 )
 from qll.model import load_dense
+from qll.runtexts import is_part_of
 
 
 class Texts:
@@ -42,7 +43,10 @@ class Texts:
     def evaluation(self) -> list[Text]:
         """The three texts that are scored."""
         topics = builtin_texts()["python_topics_evaluation"]
-        return [read_text(self.arguments.eval), topics, read_text(self.arguments.third)]
+        texts = [read_text(self.arguments.eval), topics, read_text(self.arguments.third)]
+        if seen := [text.name for text in texts if is_part_of(text, self.calibration)]:
+            raise SystemExit(f"calibrated on, so not to be scored: {', '.join(seen)}")
+        return texts
 
     @cached_property
     def calibration(self) -> list[Text]:

@@ -226,7 +226,8 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class ScaleOptions:
-    """Who computes the factorisations; the bytes do not depend on it."""
+    """Who computes the factorisations; the bytes do not depend on it, but in their last bits on how
+    many threads a factorisation has: all of the process, or --job_threads."""
 
     workers: int = 0
     """Processes of this machine that share the factorisations; 0: this process, all its threads."""
@@ -234,8 +235,8 @@ class ScaleOptions:
     """Address of a Dask scheduler (tcp://host:8786), or the path of its scheduler file, whose
     workers share the factorisations."""
     job_threads: int = 1
-    """Threads of one factorisation under --workers or --dask. Last bits depend on it, and on
-    nothing else here: the bytes are those of any number of workers."""
+    """Threads of one factorisation under --workers or --dask. Last bits depend on it, but not on
+    how many workers there are."""
 
     def __post_init__(self) -> None:
         require_positive("--workers", self.workers, least=0)

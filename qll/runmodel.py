@@ -36,7 +36,15 @@ from qll.load import require_unchanged
 from qll.runfolder import Run, timed
 from qll.runjobs import executor_for
 from qll.runtexts import calibration_windows
-from qll.train import RATES, HealSettings, choose_precision, free_bytes, heal, healing_bytes
+from qll.train import (
+    CHECKPOINT_NAME,
+    RATES,
+    HealSettings,
+    choose_precision,
+    free_bytes,
+    heal,
+    healing_bytes,
+)
 
 logger = logging.getLogger("qll.runmodel")
 
@@ -86,8 +94,9 @@ def require_training(state: Run) -> None:
 def distilling_fits(state: Run, flag: str, done: Path | None = None) -> bool:
     """Whether there is memory to distil; if not, a warning says so.
 
-    flag: the setting that says for how long. done: where an earlier call left its facts. Raises
-    UsageError for a flag that was given on a machine without the memory.
+    flag: the setting that says for how long. done: where an earlier call left its facts, or its
+    checkpoint. Raises UsageError for a flag that was given on a machine without the memory, and for
+    a distillation that was begun when there was more: left out, it would be another model.
     """
     if done is not None and (done / "facts.json").is_file():
         return True
@@ -95,13 +104,16 @@ def distilling_fits(state: Run, flag: str, done: Path | None = None) -> bool:
     free = free_bytes(state.device)
     if needed <= free:
         return True
-    if getattr(state.config.train, flag.removeprefix("--")) is not None:
+    begun = done is not None and (done / CHECKPOINT_NAME).is_file()
+    if begun or getattr(state.config.train, flag.removeprefix("--")) is not None:
         raise UsageError(
-            "too little memory to distil this model",
+            f"too little memory to {'go on with distilling' if begun else 'distil'} this model",
             where=flag,
             expected=f"about {needed / 1e9:.0f} GB",
             found=f"{free / 1e9:.0f} GB free",
-            hint=f"leave {flag} out, or run on a larger machine",
+            hint="free memory and run the same command again"
+            if begun
+            else f"leave {flag} out, or run on a larger machine",
         )
     logger.warning(
         "distillation (%s) was left out: two models and an optimiser need about %.0f GB, %.0f are "

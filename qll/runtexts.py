@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 from jaxtyping import Int
@@ -15,6 +16,9 @@ from qll.load import Text, builtin_texts, mixed_windows, read_text
 from qll.runfolder import Run
 
 logger = logging.getLogger("qll.runtexts")
+
+# characters at the beginning of a text by which it is known inside another
+LOOKED_FOR = 2000
 
 
 def calibration_texts(config: MainConfig) -> list[Text]:
@@ -53,20 +57,31 @@ def trial_windows(state: Run, tokens: int, context: int) -> Int[Tensor, "windows
 
 def evaluation_texts(config: MainConfig) -> list[Text]:
     """The text asked for (or the half of the topics that calibration did not see), and one out of
-    the calibration domain. Raises UsageError when calibration and evaluation coincide.
+    the calibration domain. Raises UsageError when the first is calibrated on.
     """
     builtin, texts = builtin_texts(), config.texts
     topics, code = builtin["python_topics_evaluation"], builtin["python_source"]
-    chosen = [topics if texts.eval_text is None else read_text(texts.eval_text)]
-    chosen.append(topics if texts.calib_text else code)
-    if chosen[0].sha256 in {text.sha256 for text in calibration_texts(config)}:
+    first = topics if texts.eval_text is None else read_text(texts.eval_text)
+    seen = calibration_texts(config)
+    if is_part_of(first, seen):
         raise UsageError(
-            "the evaluation text is the calibration text",
+            "the evaluation text is the calibration text, or a part of it",
             where="--eval_text",
-            found=texts.eval_text,
+            found=texts.eval_text or first.name,
             hint="give a text that calibration does not see",
         )
-    return list({text.sha256: text for text in chosen}.values())
+    other = topics if texts.calib_text and not is_part_of(topics, seen) else code
+    return [first] if other.sha256 == first.sha256 or is_part_of(other, seen) else [first, other]
+
+
+def is_part_of(text: Text, seen: Iterable[Text]) -> bool:
+    """Whether the beginning of `text`, or all of a short one, is in any of the texts `seen`.
+
+    >>> whole = Text("whole", "one two three")
+    >>> is_part_of(Text("part", "two"), [whole]), is_part_of(Text("new", "four"), [whole])
+    (True, False)
+    """
+    return any(text.text[:LOOKED_FOR] in other.text for other in seen)
 
 
 def calibration_facts(config: MainConfig, moments: MomentStore | None) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """ASVD (Yuan et al. 2023, arXiv 2312.05821): columns scaled by their activations before the SVD.
 
 s_j = (mean |x_j|)^alpha, alpha = 0.5; W~ = SVD_r(W diag(s)) diag(s)^-1. Ranks are uniform: its
-search over layers scores nine ranks of every matrix by perplexity, 1,890 evaluations here.
+search for ranks of each layer, by the perplexity at nine ranks of every matrix, is left out.
 """
 
 from __future__ import annotations

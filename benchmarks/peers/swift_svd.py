@@ -1,7 +1,8 @@
-"""Swift-SVD: the optimum of SVD-LLM from the second moment of the outputs.
+"""Swift-SVD (arXiv 2604.01609): the optimum of SVD-LLM from the second moment of the outputs.
 
 C = sum y y^T = W G W^T; with V the eigenvectors of its r largest eigenvalues W~ = V V^T W. No root
-of G is needed, so a singular G is no trouble, and one decomposition serves every rank.
+of G is needed, so a singular G is no trouble, and one decomposition serves every rank. Ranks are
+uniform: its allocation among layers is left out.
 """
 
 from __future__ import annotations

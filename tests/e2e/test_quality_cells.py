@@ -14,10 +14,11 @@ from qll.load import builtin_texts
 def bench(tiny_checkpoint, tmp_path, monkeypatch):
     """Runs `quality.py` with these words on the tiny Llama; gives the result file's content."""
     source = builtin_texts()["python_source"].text
-    for name, text in (("eval", source[:200_000]), ("third", source[200_000:])):
+    pieces = {"eval": source[:200_000], "third": source[200_000:400_000], "calib": source[400_000:]}
+    for name, text in pieces.items():
         (tmp_path / f"{name}.txt").write_text(text)
     words = ["--llama_dir", tiny_checkpoint, "--cache", tmp_path / "cache", "--context", "128"]
-    words += ["--calib", "python_topics_calibration", tmp_path / "third.txt"]
+    words += ["--calib", "python_topics_calibration", tmp_path / "calib.txt"]
     words += ["--eval", tmp_path / "eval.txt", "--third", tmp_path / "third.txt"]
     words += ["--calib_tokens", "512", "--eval_tokens", "256", "--result", tmp_path / "q.json"]
 

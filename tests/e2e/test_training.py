@@ -9,6 +9,11 @@ import torch
 from safetensors.torch import load_file
 
 from qll.cli import main
+from qll.config import MainConfig
+from qll.errors import UsageError
+from qll.runfolder import Run
+from qll.runmodel import distilling_fits
+from qll.train import CHECKPOINT_NAME
 from tests.e2e.conftest import QUICK
 
 
@@ -119,3 +124,17 @@ def test_without_memory_healing_is_left_out_and_said_or_refused(
     assert [line for line in report["warnings"] if "--heal_tokens) was left out" in line]
     assert main([*words, "--heal_tokens", "1024", "--out", str(tmp_path / "asked")]) == 2
     assert "too little memory to distil" in capsys.readouterr().err
+
+
+def test_a_distillation_that_was_begun_is_not_left_out(tmp_path, monkeypatch):
+    """Resumed on a machine with less free memory a run would otherwise end with another model."""
+    monkeypatch.setattr("qll.runmodel.distilling_bytes", lambda state: 2000)
+    monkeypatch.setattr("qll.runmodel.free_bytes", lambda device: 1000)
+    state = object.__new__(Run)
+    state.config, state.device = MainConfig(), torch.device("cpu")
+    assert not distilling_fits(state, "--heal_tokens", tmp_path)
+    (tmp_path / CHECKPOINT_NAME).write_bytes(b"")
+    with pytest.raises(UsageError, match=r"go on with .*free memory and run the same"):
+        distilling_fits(state, "--heal_tokens", tmp_path)
+    monkeypatch.setattr("qll.runmodel.free_bytes", lambda device: 3000)
+    assert distilling_fits(state, "--heal_tokens", tmp_path)

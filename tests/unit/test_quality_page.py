@@ -10,7 +10,15 @@ import tyro
 
 from benchmarks import quality, quality_page, quality_plot, results_page
 from benchmarks.peers import METHODS
-from benchmarks.quality_cells import HEADLINE, HEADLINE_BASELINES, KEEPS, SEEDS, Cell, all_cells
+from benchmarks.quality_cells import (
+    HEADLINE,
+    HEADLINE_BASELINES,
+    HEADLINE_CONTROL,
+    KEEPS,
+    SEEDS,
+    Cell,
+    all_cells,
+)
 from qll.config import MainConfig, to_json
 
 TEXTS = ("wiki", "python", "third")
@@ -126,6 +134,21 @@ def test_a_headline_needs_all_seeds_and_wins_on_every_text(result):
     candidates = found["headline_candidates"]
     text = quality_page.section(result | {"headline_candidates": candidates})
     assert "| joint_tree | 0.8 | 0.8000 | wiki | 15.00 / 15.00 / 15.00 | 18.00" in text
+
+
+def test_a_format_is_compared_with_low_rank_in_the_same_metric_too(result):
+    rows = {Cell(HEADLINE_CONTROL, 0.8, 0, "").name: row(1.4)}
+    for seed in SEEDS:
+        rows |= {Cell(method, 0.8, seed, "").name: row(2.0) for method in HEADLINE_BASELINES}
+        rows[Cell("headline_joint_tree", 0.8, seed, "").name] = row(1.5)
+        rows[Cell("headline_panels", 0.8, seed, "").name] = row(1.3)
+    found = quality.headline(rows)
+    assert found["headline"]["texts"]["wiki"]["low_rank"] == [14.0]
+    assert [quality_page.beats_low_rank(c) for c in found["headline_candidates"]] == [False, True]
+    text = quality_page.section(result | found)
+    assert "1 of 3 seeds) has wiki 14.00" in text
+    assert "lower on every text is `panels`." in text
+    assert "| 20.00 / 20.00 / 20.00 | yes | 14.00 |" in text
 
 
 def test_rows_are_added_to_the_file_as_it_is_by_then(tmp_path):
