@@ -26,7 +26,7 @@ from qll.calibrate.moments import INPUTS
 from qll.model import build_block, embed
 
 DENSE_SHARE = 0.25
-# towards the dense weight in the refit of V, times the number of tokens' mean square
+# towards the dense weight in the refit of V, beside the sum of x^ x^T^ over all tokens
 RIDGE = 1e-3
 
 
@@ -91,7 +91,7 @@ def convert_refitted(case: Case) -> Iterator[tuple[str, Replacement]]:
                 weight = linear.weight.double()
                 rank = rank_of(weight.shape, case.keep)
                 start = whitened(weight, moments[name].input, rank)[:2]
-                matrix = pivoted(*refit(weight, *start, own, cross))
+                matrix = pivoted(*refit(weight, *start, own, cross, len(inputs)))
                 linear.weight = nn.Parameter(matrix, requires_grad=False)
                 yield name, stored(matrix, params_of(weight.shape, rank))
         stream = after(block, stream)
@@ -103,15 +103,17 @@ def refit(
     right: Float64[Tensor, "r into"],
     own: Float64[Tensor, "into into"],
     cross: Float64[Tensor, "into into"],
+    tokens: int,
 ) -> tuple[Float64[Tensor, "out r"], Float64[Tensor, "r into"]]:
-    """U, then V, in closed form; own = mean x^ x^T^, cross = mean x x^T^ (x^ compressed).
+    """U, then V, in closed form; own = mean x^ x^T^, cross = mean x x^T^ over `tokens` tokens (x^
+    compressed).
 
     U = Y V^T (V X V^T)^-1 minimises ||target - U V x^|| with X = own and
     Y = W ((1 - f) own + f cross); V is the projection of the ridge solution onto the span of U.
     """
     wanted = weight @ ((1 - DENSE_SHARE) * own + DENSE_SHARE * cross)
     left = torch.linalg.lstsq((right @ own @ right.T).T, (wanted @ right.T).T).solution.T
-    ridge = RIDGE * own.diagonal().mean()
+    ridge = RIDGE / tokens
     damped = own + ridge * torch.eye(len(own), dtype=own.dtype)
     full = torch.linalg.solve(damped, wanted + ridge * weight, left=False)
     return left, torch.linalg.lstsq(left, full).solution

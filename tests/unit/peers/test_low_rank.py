@@ -102,7 +102,7 @@ def test_refit_is_exact_for_a_target_it_can_reach(problem):
     rank = pair_rank(weight.shape, 0.4)
     start = svd_llm.whitened(low, moments.input, rank)[:2]
     own = moments.input / moments.tokens
-    left, right = pifa.refit(low, start[0] + 0.1, start[1], own, own)
+    left, right = pifa.refit(low, start[0] + 0.1, start[1], own, own, moments.tokens)
     assert torch.allclose(left @ right, low, atol=1e-5)
 
 
@@ -112,13 +112,18 @@ def test_refit_lowers_the_error_on_the_compressed_stream(problem):
     target = ((1 - pifa.DENSE_SHARE) * stream + pifa.DENSE_SHARE * inputs) @ weight.T
     own, cross = pifa._second_moments(stream, inputs)
     left, right, _ = svd_llm.whitened(weight, moments.input, 6)
-    new_left, new_right = pifa.refit(weight, left, right, own, cross)
+    new_left, new_right = pifa.refit(weight, left, right, own, cross, len(stream))
     # U alone is the least squares solution, which beats the start
     assert (stream @ (left @ right).T - target).norm() > (
         stream @ (new_left @ new_right).T - target
     ).norm()
     solution = torch.linalg.lstsq(stream @ right.T, target).solution.T
     assert torch.allclose(solution, new_left, rtol=1e-6, atol=1e-8)
+    # V: the ridge solution for the whole matrix, over the sums of all tokens, projected
+    ridge = 1e-3 * torch.eye(weight.shape[1]).double()
+    whole = torch.linalg.solve(stream.T @ stream + ridge, (target.T @ stream + 1e-3 * weight).T).T
+    projected = torch.linalg.lstsq(new_left, whole).solution
+    assert torch.allclose(projected, new_right, rtol=1e-6, atol=1e-8)
 
 
 def test_kfac_discards_exactly_the_tail_of_the_metric(problem):
