@@ -55,6 +55,7 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
         ("stream.brickwall=2", "stream.gates=cayley"),
         ("stream.brickwall=2", "stream.gates=free"),
     ),
+    "Born head": (("head=born",), ("head=sum",)),
     "global memory": (("memory.global_tokens=16",), None),
     "recurrent memory": (("memory.memory_tokens=8", "memory.segment=128"), None),
     "concepts, vector-quantised": (("concept.kind=vq",), ("concept.kind=dense",)),

@@ -19,7 +19,12 @@ from typing import Any
 
 import tyro
 
-from qll.bytelm.settings import SEED_FLAGS, LMEvalConfig, LMTrainConfig
+from qll.bytelm.settings import (
+    SEED_FLAGS,
+    SEED_FLAGS_WITHOUT_EFFECT,
+    LMEvalConfig,
+    LMTrainConfig,
+)
 from qll.bytelm.verb_settings import LmCompareConfig, LmGenerateConfig, LmMonitorConfig
 from qll.config import (
     BenchConfig,
@@ -47,6 +52,8 @@ class Verb:
     help: str
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Other spellings of its flags."""
+    without_effect: Mapping[str, str] = field(default_factory=dict)
+    """Flags with a value that are taken and, with a warning that says why, left out."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -283,7 +290,13 @@ VERBS = {
     "export": Verb(ExportConfig, export, "write a plain Llama, or factors as pairs of linears"),
     "report": Verb(ReportConfig, report, "draw the page and the table again"),
     "sae train": Verb(SAETrainConfig, sae_train, "train sparse autoencoders on activations"),
-    "lm train": Verb(LMTrainConfig, lm_train, "train a byte model on texts", SEED_FLAGS),
+    "lm train": Verb(
+        LMTrainConfig,
+        lm_train,
+        "train a byte model on texts",
+        SEED_FLAGS,
+        SEED_FLAGS_WITHOUT_EFFECT,
+    ),
     "lm eval": Verb(LMEvalConfig, lm_eval, "bits per byte of a byte model"),
     "lm generate": Verb(LmGenerateConfig, lm_generate, "continue a prompt with a byte model"),
     "lm monitor": Verb(LmMonitorConfig, lm_monitor, "watch a run of `lm train`"),
@@ -346,7 +359,13 @@ def _flag(word: str) -> str:
 def _spelled(words: list[str], verb: Verb) -> list[str]:
     """The words as tyro takes them: flags by their names, `--streaming False` as a switch."""
     switches, found = _switches(verb.config), []
-    for word in (_named(word, verb.aliases) for word in words):
+    named = iter([_named(word, verb.aliases) for word in words])
+    for word in named:
+        if (why := verb.without_effect.get(_flag(word))) is not None:
+            print(f"warning: {_flag(word)} has no effect: {why}", file=sys.stderr)
+            if "=" not in word:
+                next(named, None)
+            continue
         flag = found[-1].removeprefix("--") if found else ""
         if word in ("True", "False") and flag in switches:
             found[-1] = f"--{flag}" if word == "True" else f"--no_{flag}"

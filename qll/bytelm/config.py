@@ -193,6 +193,9 @@ class ModelConfig:
     """Share of a block's output that is dropped in training, in [0, 1)."""
     tie: bool = False
     """Use the byte embedding as output head too."""
+    head: Literal["softmax", "born", "sum"] = "softmax"
+    """born: a complex amplitude per byte, whose square is its probability; sum, its twin: two
+    numbers per byte that are added to its logit."""
     mixer: MixerConfig = field(default_factory=MixerConfig)
     stream: StreamConfig = field(default_factory=StreamConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
@@ -223,6 +226,8 @@ class ModelConfig:
                 expected=f"a divisor of {self.d_hidden // 2}",
                 found=groups,
             )
+        if self.tie and self.head != "softmax":
+            raise UsageError("has two numbers per byte and cannot be tied", where="head")
         layer = self.concept.layer
         if layer is not None and not 0 <= layer < self.n_layers:
             raise UsageError(
@@ -275,7 +280,7 @@ class ModelConfig:
         Traceback (most recent call last):
         ...
         qll.errors.UsageError: d_modle: no such setting (expected one of d_model, n_layers, \
-n_heads, context, d_ff, dropout, tie, mixer, stream, memory, concept, weights)
+n_heads, context, d_ff, dropout, tie, head, mixer, stream, memory, concept, weights)
         """
         return _read(cls, value, "model config")
 

@@ -131,6 +131,7 @@ def _grown_config(
         and before.concept == ConceptConfig()
         and before.weights == WeightConfig()
         and not before.memory.memory_tokens
+        and before.head == "softmax"
     )
     if not plain:
         raise UsageError(

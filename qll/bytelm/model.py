@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from qll.bytelm.adapter import freeze_base
 from qll.bytelm.block import Block
+from qll.bytelm.born_head import AmplitudeHead
 from qll.bytelm.concept import Concept
 from qll.bytelm.config import VOCAB, ModelConfig
 from qll.bytelm.context import Context, Notes
@@ -39,7 +40,7 @@ class ByteModel(nn.Module):
         self.concept = Concept(config) if config.concept.kind != "off" else None
         self.memory = RecurrentMemory(config) if config.memory.memory_tokens else None
         self.norm = norm(config, config.d_model)
-        self.head = nn.Linear(config.d_model, VOCAB, bias=False)
+        self.head = output_head(config)
         initialise(self, config.n_layers)
         if config.tie:
             self.head.weight = self.embedding.weight
@@ -116,3 +117,10 @@ class ByteModel(nn.Module):
             if self.concept is not None and index == self.config.concept_layer:
                 x = self.concept(x, context)
         return x, tuple(after)
+
+
+def output_head(config: ModelConfig) -> nn.Linear:
+    """What turns the stream into logits."""
+    if config.head == "softmax":
+        return nn.Linear(config.d_model, VOCAB, bias=False)
+    return AmplitudeHead(config)

@@ -56,6 +56,11 @@ SEED_FLAGS = {
     "--energy_weight": "--interference",
     "--no_amp": "--precision=float32",
 }
+SEED_FLAGS_WITHOUT_EFFECT = {
+    "--mode": "the verb says what to do: lm train, lm generate",
+    "--num_workers": "batches are made by the process that trains",
+    "--phase_dim": "phases are those of pairs of channels, half of --model_dim",
+}
 
 
 @dataclass(frozen=True)

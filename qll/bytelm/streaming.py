@@ -40,7 +40,7 @@ class WindowStream:
     def next(self) -> bytes:
         """The next window; the one after it begins where its inputs end."""
         if self.given == self.limit:
-            self._begin_again()
+            self.begin_again()
         self.given += 1
         length = self.seq_length
         while len(self.rest) < length + 1:
@@ -68,7 +68,8 @@ class WindowStream:
         self.pieces_read, self.pieces = state["pieces"], None
         self.given = state["given"]
 
-    def _begin_again(self) -> None:
+    def begin_again(self) -> None:
+        """Go back to the first window."""
         self.given = self.documents_read = self.pieces_read = 0
         self.rest, self.pieces = b"", None
 
@@ -126,9 +127,16 @@ class ScalableStreamingDataset:
         self.seq_length, self.max_samples = seq_length, max_samples
         most = int(memory_limit_gb * 2**30) // (seq_length + 1)
         self.buffer = np.empty((max(1, min(buffer_size, most)), seq_length + 1), dtype=np.uint8)
-        self.rank, self.world, self.filled = rank, world, 0
-        self.drawn = np.zeros(len(parts), dtype=np.int64)
-        self.random = np.random.Generator(np.random.PCG64(seed))
+        self.rank, self.world = rank, world
+        self.seed = seed
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin again with the first window."""
+        for stream in self.streams:
+            stream.begin_again()
+        self.filled, self.drawn = 0, np.zeros(len(self.streams), dtype=np.int64)
+        self.random = np.random.Generator(np.random.PCG64(self.seed))
 
     def __iter__(self) -> Iterator[tuple[Int[Tensor, " seq"], Int[Tensor, " seq"]]]:
         """Windows one by one."""

@@ -117,14 +117,17 @@ def test_adapters_alone_are_trained_from_a_finished_run(text, tmp_path, capsys):
     assert "another architecture" in capsys.readouterr().err
 
 
-def test_flags_of_the_founding_scripts(text, tmp_path):
+def test_flags_of_the_founding_scripts(text, tmp_path, capsys):
     words = f"""--checkpoint_dir {tmp_path / "run"} --max_samples 200 --batch_size 2 --seq_length 32
     --model_dim 32 --num_layers 1 --num_heads 2 --dropout 0.1 --phase_coh 0.05 --global_tokens 2
     --lora_rank 2 --lora_alpha 4 --epochs 0.1 --lr 1e-3 --weight_decay 0.01 --streaming
     --gradient_accumulation_steps 2 --energy_weight 0.001 --log_every 2 --save_every 5 --seed 1
     --max_steps 4 --grad_clip 1.0 --warmup_steps 2 --val_max_chunks 4 --no_amp --use_checkpoint
-    --buffer_size 50"""
+    --buffer_size 50 --num_workers 4 --phase_dim 64 --mode train"""
     assert train("--data", text, *words.split()) == 0
+    said = capsys.readouterr().err
+    for flag in ("--num_workers", "--phase_dim", "--mode"):
+        assert f"{flag} has no effect" in said
     result = json.loads((tmp_path / "run" / "training.json").read_text())
     assert result["precision"] == "float32"
     assert result["model"]["memory"]["global_tokens"] == 2

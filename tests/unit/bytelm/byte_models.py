@@ -50,6 +50,8 @@ PARTS: dict[str, dict] = {
     "brickwall": {"stream": StreamConfig(brickwall=2)},
     "brickwall exponential": {"stream": StreamConfig(brickwall=2, gates="exponential")},
     "brickwall free": {"stream": StreamConfig(brickwall=2, gates="free")},
+    "Born head": {"head": "born"},
+    "sum head": {"head": "sum"},
     "prefix": {"memory": MemoryConfig(global_tokens=3)},
     "prefix of a matrix state": {
         **mixer("interference", "born", states=2),

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qll.bytelm.codes import code_use, use_by_byte
 from qll.bytelm.coherence import (
     neighbour_coherence,
     pair_coherence,
@@ -152,6 +153,26 @@ def test_a_model_that_remembers_passes_the_probes_and_an_untrained_one_guesses(m
 def test_more_facts_than_names_are_refused(model):
     with pytest.raises(UsageError, match="too many facts"):
         multi_fact_recall(model, [17])
+
+
+@pytest.mark.parametrize("kind", ["vq", "topk"])
+def test_use_of_codes_counts_what_the_layer_chose(kind):
+    concept = ConceptConfig(kind=kind, codes=12, k=2, layer=0)
+    memory = MemoryConfig(memory_tokens=2, segment=4)
+    config = ModelConfig(
+        d_model=32, n_layers=2, n_heads=2, context=16, concept=concept, memory=memory
+    )
+    torch.manual_seed(0)
+    model, ids = ByteModel(config).eval(), torch.tensor([[97, 98, 99, 97, 97, 98, 97, 97]])
+    found = code_use(model, ids)
+    assert (found.codes, found.chance) == (12, 5 / 8)
+    assert 1 <= found.perplexity <= found.used <= 8 * (2 if kind == "topk" else 1)
+    assert found.chance <= found.purity <= 1
+    even = torch.arange(12).expand(1, 12)
+    counts = use_by_byte(even, torch.full((1, 12), 97), 12)
+    assert counts[:, 97].tolist() == 12 * [1.0]
+    with pytest.raises(UsageError, match="no concept layer"):
+        code_use(ByteModel(ModelConfig(d_model=32, n_layers=1, n_heads=2)), ids)
 
 
 @pytest.mark.parametrize("seq", [7, 16])

@@ -238,3 +238,19 @@ def test_the_plain_twin_has_as_many_parameters():
         assert twin.mixer == MixerConfig()
         assert twin.stream == StreamConfig()
         assert abs(count_parameters(twin) / count_parameters(config) - 1) < 0.01
+
+
+def test_probabilities_of_the_born_head_are_squares_of_amplitudes():
+    model, ids = byte_model("Born head"), text(2, 7)
+    with torch.no_grad():
+        notes: dict = {}
+        logits = model.step(ids, model.initial_state(2), notes)[0]
+        stream = model.norm(notes["stream"][0])
+        psi = torch.view_as_complex((stream @ model.head.weight.T).unflatten(-1, (256, 2)))
+    squares = psi.abs().square()
+    expected = squares / squares.sum(-1, keepdim=True)
+    torch.testing.assert_close(logits.softmax(-1), expected, rtol=1e-5, atol=1e-8)
+    # bits per byte are ordinary ones: of a distribution that sums to one
+    torch.testing.assert_close(logits.softmax(-1).sum(-1), torch.ones(2, 7).double())
+    with pytest.raises(UsageError, match="cannot be tied"):
+        byte_model("Born head", tie=True)

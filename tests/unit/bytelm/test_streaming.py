@@ -73,6 +73,13 @@ def test_a_text_begins_again_after_so_many_of_its_windows(configs):
     assert two._mine().tobytes() == windows[2]
 
 
+def test_a_reset_stream_gives_the_same_again(configs):
+    stream = ScalableStreamingDataset(configs, 24, buffer_size=20, seed=3)
+    first = drawn(stream, 60)
+    stream.reset()
+    assert drawn(stream, 60) == first
+
+
 def test_a_large_buffer_is_read_back_from_a_checkpoint(configs, tmp_path):
     """The header of a safetensors file has a limit that a buffer in it would pass."""
     one = ScalableStreamingDataset(configs, 24, buffer_size=3000)
