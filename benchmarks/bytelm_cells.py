@@ -31,6 +31,7 @@ BEST_SETTINGS = (
 PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
     "phase rotation": (("stream.phase=rotation",), ("stream.phase=scaling",)),
     "complex stream": (("stream.numbers=complex",), None),
+    "complex stream, modReLU": (("stream.numbers=complex", "stream.activation=modrelu"), None),
     "interference, every second block": (
         ("mixer.pattern=interference,attention", "mixer.numbers=complex"),
         ("mixer.pattern=interference,attention", "mixer.numbers=real"),

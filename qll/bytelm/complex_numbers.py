@@ -128,6 +128,21 @@ class ModulusGate(nn.Module):
         return scale_pairs(x, functional.relu(modulus(gate) + self.bias))
 
 
+class ModReluGate(ModulusGate):
+    """modReLU of x |g|: small products are cut to 0, and no phase is touched.
+
+    >>> gate = ModReluGate(2); _ = gate.bias.data.fill_(-2.0)
+    >>> gate(torch.tensor([0.0, 2.0]), torch.tensor([3.0, 4.0])).tolist()  # |x g| = 10, minus 2
+    [4.800000190734863, 6.400000095367432]
+    """
+
+    def forward(
+        self, gate: Float[Tensor, "*batch width"], x: Float[Tensor, "*batch width"]
+    ) -> Float[Tensor, "*batch width"]:
+        """The cut product."""
+        return mod_relu(scale_pairs(x, modulus(gate)), self.bias)
+
+
 class SiluGate(nn.Module):
     """silu(g) x, channel by channel: the gate of a real stream."""
 

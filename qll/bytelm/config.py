@@ -63,6 +63,8 @@ class StreamConfig:
 
     numbers: Numbers = "real"
     """complex: neighbouring channels are the two parts of one complex number throughout."""
+    activation: Literal["modulus", "modrelu"] = "modulus"
+    """What a gate g does to x in a complex stream: x relu(|g| + b), or modReLU of x |g|."""
     phase: Literal["off", "rotation", "scaling"] = "off"
     """Rotation of channel pairs by an angle of content and position; scaling is its real twin."""
     brickwall: int = 0
@@ -72,6 +74,10 @@ class StreamConfig:
 
     def __post_init__(self) -> None:
         require_positive("stream.brickwall", self.brickwall, least=0)
+        if self.activation == "modrelu" and self.numbers != "complex":
+            raise UsageError(
+                "is of complex numbers", where="stream.activation", hint="stream.numbers=complex"
+            )
 
 
 @dataclass(frozen=True)

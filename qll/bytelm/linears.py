@@ -7,7 +7,13 @@ from functools import lru_cache
 from torch import nn
 
 from qll.bytelm.adapter import AdaptedLinear
-from qll.bytelm.complex_numbers import ComplexLinear, ComplexRMSNorm, ModulusGate, SiluGate
+from qll.bytelm.complex_numbers import (
+    ComplexLinear,
+    ComplexRMSNorm,
+    ModReluGate,
+    ModulusGate,
+    SiluGate,
+)
 from qll.bytelm.config import ModelConfig
 from qll.bytelm.norm import RMSNorm
 from qll.model.layers import TNLinear
@@ -43,7 +49,9 @@ def norm(config: ModelConfig, width: int) -> nn.Module:
 
 def gate(config: ModelConfig, width: int) -> nn.Module:
     """What multiplies values by a gate, for the config's numbers."""
-    return ModulusGate(width) if config.stream.numbers == "complex" else SiluGate()
+    if config.stream.numbers != "complex":
+        return SiluGate()
+    return ModReluGate(width) if config.stream.activation == "modrelu" else ModulusGate(width)
 
 
 @lru_cache(maxsize=256)

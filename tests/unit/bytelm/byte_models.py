@@ -43,6 +43,7 @@ PARTS: dict[str, dict] = {
     "rotation": {"stream": StreamConfig(phase="rotation")},
     "scaling": {"stream": StreamConfig(phase="scaling")},
     "complex": {"stream": StreamConfig(numbers="complex")},
+    "complex modReLU": {"stream": StreamConfig(numbers="complex", activation="modrelu")},
     "complex interference": {
         **mixer("interference", states=2),
         "stream": StreamConfig(numbers="complex"),

@@ -71,7 +71,9 @@ def test_a_gate_commutes_with_the_phase_of_its_values_and_ignores_that_of_the_ga
 @pytest.mark.parametrize(
     "mixer", ["plain", "interference", "delta", "delta real", "born", "born real"]
 )
-@pytest.mark.parametrize("extra", [{}, {"phase": "rotation"}, {"brickwall": 2}])
+@pytest.mark.parametrize(
+    "extra", [{}, {"phase": "rotation"}, {"brickwall": 2}, {"activation": "modrelu"}]
+)
 def test_blocks_of_a_complex_stream_commute_with_a_global_phase(mixer, extra):
     from qll.bytelm.config import StreamConfig, WeightConfig
 
