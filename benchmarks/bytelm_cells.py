@@ -70,11 +70,16 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
     "short convolution (not quantum-inspired)": (("mixer.conv=4",), None),
 }
 # flags of `lm train` beside the model's settings -> what they switch on
-LOSSES: dict[str, tuple[str, ...]] = {
+FLAGS: dict[str, tuple[str, ...]] = {
     "coherence energy": ("--coherence", "0.01"),
     "all-pairs interference energy": ("--interference", "0.01"),
     "entanglement energy": ("--entanglement", "0.01"),
     "unlikelihood": ("--unlikelihood", "0.05"),
+    "founding curriculum, structure first": ("--stages", "seed"),
+    "orthogonal embedding": ("--embedding", "orthogonal"),
+    "embedding of mutual information": ("--embedding", "ppmi"),
+    "spectral embedding": ("--embedding", "spectral"),
+    "embedding of frequency phases": ("--embedding", "frequency"),
 }
 # (channels, blocks, longest run in minutes) of the runs for the scaling law
 SCALING = ((64, 2, 32), (96, 3, 32), (128, 4, 32), (192, 4, 16), (256, 4, 16))
@@ -159,7 +164,7 @@ def _ablation(minutes: float) -> Iterator[Cell]:
             yield Cell("train", "ablation", part, seed, minutes, on)
             if twin is not None:
                 yield Cell("train", "ablation", twin_of(part), seed, minutes, twin)
-        for loss, flags in LOSSES.items():
+        for loss, flags in FLAGS.items():
             yield Cell("train", "ablation", loss, seed, minutes, flags=flags)
         yield Cell("train", "ablation", BEST, seed, minutes, BEST_SETTINGS)
 

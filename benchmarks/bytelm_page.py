@@ -8,10 +8,10 @@ from typing import Any
 
 from benchmarks.bytelm_cells import (
     BEST,
+    FLAGS,
     GENERATION,
     GENERATION_LENGTHS,
     LAW_MINUTES,
-    LOSSES,
     PARTS,
     PLAIN,
     SCALING,
@@ -160,7 +160,7 @@ def ablation_table(result: dict[str, Any]) -> str:
     ]
     shown = f"{statistics.mean(plain):.4f}" if plain else NOT_RUN
     lines = [[LABELS[PLAIN], f"{shown}, {len(plain)} of {len(SEEDS)} seeds", "", "", ""]]
-    for part in ("nanoGPT-style loop", "AdamW", *PARTS, *LOSSES, BEST):
+    for part in ("nanoGPT-style loop", "AdamW", *PARTS, *FLAGS, BEST):
         entry = result["ablation"].get(part)
         name = LABELS.get(part, part)
         if entry is None:

@@ -13,8 +13,8 @@ from scipy.stats import t
 
 from benchmarks.bytelm_cells import (
     BEST,
+    FLAGS,
     LAW_MINUTES,
-    LOSSES,
     PARTS,
     PLAIN,
     SEEDS,
@@ -56,7 +56,7 @@ def ablation(rows: dict[str, Any]) -> dict[str, Any]:
     """Every part against the plain twin, and against its own real-valued twin, paired by seed."""
     plain = _by_seed(rows, PLAIN)
     found = {}
-    for part in ("nanoGPT-style loop", "AdamW", *PARTS, *LOSSES, BEST):
+    for part in ("nanoGPT-style loop", "AdamW", *PARTS, *FLAGS, BEST):
         on = _by_seed(rows, part)
         if not on or not plain:
             continue

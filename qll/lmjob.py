@@ -5,6 +5,7 @@ What is left in the folder is described in qll/bytelm/runfiles.py.
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from qll.bytelm.config import ModelConfig
 from qll.bytelm.corpus import Part, local_parts, named_parts
 from qll.bytelm.dataset import BatchLoader, require_windows
 from qll.bytelm.documents import Document, find_documents, split_documents
+from qll.bytelm.embedding import bigram_counts, start_of
 from qll.bytelm.evaluate import bits_per_byte
 from qll.bytelm.growth import grow
 from qll.bytelm.loaders import HELD_OUT_NAME, TEXTS_NAME, build_loaders
@@ -74,6 +76,7 @@ def train(config: LMTrainConfig) -> dict[str, Any]:
         few = sample(documents, config.watch.val_max_chunks * model_config.context)
         steps = number_of_steps(config, parts, loader)
         trainer = Trainer(config, model, loader, few, steps, precision)
+        start_embedding(config, model, parts)
         trainer.restore()
         stopped_by = trainer.run()
         save_model(files.last, trainer.learner.measured)
@@ -171,6 +174,17 @@ def started(config: LMTrainConfig, model: ByteModel) -> ByteModel:
     for name in missing:  # what is new learns, even where the base is frozen
         model.get_parameter(name).requires_grad_()
     return model
+
+
+def start_embedding(config: LMTrainConfig, model: ByteModel, parts: Sequence[Part]) -> None:
+    """Put the byte embedding of `model` where --embedding says."""
+    if config.size.embedding == "normal":
+        return
+    texts = itertools.chain.from_iterable(part.training() for part in parts)
+    width = model.config.d_model
+    found = start_of(config.size.embedding, width, bigram_counts(texts), config.seed)
+    with torch.no_grad():
+        model.embedding.weight.copy_(found)
 
 
 def require_growth(config: LMTrainConfig, model: ByteModel) -> None:

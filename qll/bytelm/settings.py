@@ -97,6 +97,9 @@ class SizeSettings:
     checkpoint: Path | None = None
     """Run or model folder whose weights to start from; adapters and global tokens that it has not
     got start afresh."""
+    embedding: Literal["normal", "orthogonal", "ppmi", "spectral", "frequency"] = "normal"
+    """Where the byte embedding starts: at random, orthogonal, or from statistics of byte pairs in
+    the texts (see qll/bytelm/embedding.py)."""
     model_dim: int | None = None
     """Channels of the residual stream (default 256)."""
     num_layers: int | None = None
@@ -211,6 +214,10 @@ class LMTrainConfig:
                 hint="--data FILE_OR_FOLDER, or --dataset wikitext2",
             )
         _check_numbers(self)
+        if self.size.checkpoint is not None and self.size.embedding != "normal":
+            raise UsageError(
+                "the checkpoint has an embedding already", where="--embedding", hint="leave it out"
+            )
 
     def resolved(self) -> LMTrainConfig:
         """The same with the preset's value wherever none was given.

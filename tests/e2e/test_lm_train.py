@@ -11,8 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from qll import store
+from qll.bytelm.documents import split_documents
 from qll.bytelm.runfiles import RunFiles
 from qll.cli import main
 
@@ -221,6 +223,7 @@ def test_texts_that_cannot_be_read_leave_the_folder_to_others(text, tmp_path, ca
         (["--data_weights", "-1"], "--data_weights: out of range"),
         (["--max_samples", 1], "--max_samples: too few"),
         (["--seed", -1], "--seed: out of range"),
+        (["--embedding", "ppmi", "--checkpoint", "."], "--embedding: the checkpoint has"),
         (["--set", "concept.kind=sae"], "concept.kind: needs an autoencoder"),
         (["--set", "memory.memory_tokens=2", "memory.segment=32"], "never read"),
     ],
@@ -267,3 +270,18 @@ def test_new_global_tokens_learn_beside_a_frozen_base(text, tmp_path):
     assert train(*words, "--out", tmp_path / "longer", "--max_steps", 9) == 0
     prefixes = [load_model(f / "last").blocks[0].mixer.prefix for f in (out, tmp_path / "longer")]
     assert not prefixes[0].equal(prefixes[1])
+
+
+def test_an_embedding_starts_from_the_statistics_of_the_texts(text, tmp_path):
+    from qll.bytelm.documents import find_documents
+    from qll.bytelm.embedding import bigram_counts, start_of
+    from qll.bytelm.saved import load_model
+
+    out = tmp_path / "run"
+    words = ["--data", text, "--out", out, *QUICK, "--max_steps", 1, "--lr", 1e-9]
+    assert train(*words, "--embedding", "ppmi") == 0
+    trained, _ = split_documents(find_documents([text]))
+    expected = start_of("ppmi", 32, bigram_counts(trained))
+    torch.testing.assert_close(
+        load_model(out / "last").embedding.weight.detach(), expected, atol=1e-6, rtol=0
+    )

@@ -17,8 +17,8 @@ from benchmarks.bytelm_cells import (
     BEST,
     BEST_SETTINGS,
     CONTEXT,
+    FLAGS,
     LAW_MINUTES,
-    LOSSES,
     PARTS,
     PLAIN,
     SEEDS,
@@ -45,7 +45,7 @@ def test_cells_have_their_own_names_and_cover_every_part_on_every_seed():
     names = [cell.name for cell in cells]
     assert len(set(names)) == len(names)
     assert {cell.kind for cell in cells} == set(bytelm_rows.KINDS)
-    for label in (PLAIN, BEST, *PARTS, *LOSSES):
+    for label in (PLAIN, BEST, *PARTS, *FLAGS):
         seeds = {c.seed for c in cells if c.table == "ablation" and c.label == label}
         assert seeds == set(SEEDS)
     assert {"long/plain_twin/seed0", "long/best/seed0"} <= set(names)
