@@ -21,6 +21,7 @@ import tyro
 
 from qll.bytelm.settings import (
     SEED_FLAGS,
+    SEED_FLAGS_OF_GENERATE,
     SEED_FLAGS_WITHOUT_EFFECT,
     LMEvalConfig,
     LMTrainConfig,
@@ -298,7 +299,12 @@ VERBS = {
         SEED_FLAGS_WITHOUT_EFFECT,
     ),
     "lm eval": Verb(LMEvalConfig, lm_eval, "bits per byte of a byte model"),
-    "lm generate": Verb(LmGenerateConfig, lm_generate, "continue a prompt with a byte model"),
+    "lm generate": Verb(
+        LmGenerateConfig,
+        lm_generate,
+        "continue a prompt with a byte model",
+        without_effect=SEED_FLAGS_OF_GENERATE,
+    ),
     "lm monitor": Verb(LmMonitorConfig, lm_monitor, "watch a run of `lm train`"),
     "lm compare": Verb(LmCompareConfig, lm_compare, "byte models side by side on prompts"),
 }

@@ -56,6 +56,10 @@ SEED_FLAGS = {
     "--energy_weight": "--interference",
     "--no_amp": "--precision=float32",
 }
+SEED_FLAGS_OF_GENERATE = {
+    "--mode": "the verb says what to do: lm train, lm generate",
+    "--model_args": "the model's folder says what it is made of",
+}
 SEED_FLAGS_WITHOUT_EFFECT = {
     "--mode": "the verb says what to do: lm train, lm generate",
     "--num_workers": "batches are made by the process that trains",

@@ -67,6 +67,17 @@ def test_generate_prints_a_continuation(run, capsys):
     assert cli.main([*words, "--temperature", "0.6", *flags]) == 0
 
 
+def test_generate_takes_the_flags_of_the_founding_script(run, capsys):
+    words = ["lm", "generate", "--checkpoint", str(run), "--prompt", "a", "--max_new_tokens", "4"]
+    words += ["--temperature", "0.8", "--top_k", "20", "--top_p", "0.9", "--min_p", "0.01"]
+    words += ["--repetition_penalty", "1.1", "--mode", "generate", "--model_args", "model.json"]
+    assert cli.main(words) == 0
+    said = capsys.readouterr()
+    assert len(said.out) >= 4
+    assert "--mode has no effect" in said.err
+    assert "--model_args has no effect" in said.err
+
+
 def test_generate_picks_the_best_of_several(run, capsys):
     words = ["lm", "generate", "--model", str(run), "--prompt", "The", "--max_new_tokens", "12"]
     assert cli.main([*words, "--candidates", "4"]) == 0
