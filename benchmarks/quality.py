@@ -305,13 +305,13 @@ def command(cell: Cell, arguments: argparse.Namespace) -> str:
 
 
 def shareable(words: list[str]) -> list[str]:
-    """Paths in and beside the repository from its folder on, others by their names alone."""
+    """Paths in the repository and in the data beside it from its folder on, others by name alone."""
     return [_shareable(Path(word)) if Path(word).exists() else word for word in words]
 
 
 def _shareable(path: Path) -> str:
-    whole = path.resolve()
-    inside = whole.is_relative_to(ROOT.parent)
+    whole, known = path.resolve(), (ROOT, ROOT.parent / "shared")
+    inside = any(whole.is_relative_to(folder) for folder in known)
     return os.path.relpath(whole, ROOT) if inside else path.name
 
 
