@@ -305,7 +305,7 @@ def command(cell: Cell, arguments: argparse.Namespace) -> str:
 
 
 def shareable(words: list[str]) -> list[str]:
-    """Paths in the repository and in the data beside it from its folder on, others by name alone."""
+    """Paths of the repository and the data beside it from its folder on, others by name."""
     return [_shareable(Path(word)) if Path(word).exists() else word for word in words]
 
 
