@@ -6,12 +6,10 @@ stdout carries results, stderr progress. Exit codes: 0 ok, 2 usage, 3 bad input 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import sys
 import traceback
-import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,13 +17,8 @@ from typing import Any
 
 import tyro
 
-from qll.bytelm.settings import (
-    SEED_FLAGS,
-    SEED_FLAGS_OF_GENERATE,
-    SEED_FLAGS_WITHOUT_EFFECT,
-    LMEvalConfig,
-    LMTrainConfig,
-)
+from qll.bytelm import seed_flags
+from qll.bytelm.settings import LMEvalConfig, LMTrainConfig
 from qll.bytelm.verb_settings import LmCompareConfig, LmGenerateConfig, LmMonitorConfig
 from qll.config import (
     BenchConfig,
@@ -41,6 +34,7 @@ from qll.config import (
     main_config_from_json,
 )
 from qll.errors import QLLError, UsageError
+from qll.flags import flag_of, spell
 from qll.saetrain.settings import SAETrainConfig
 
 
@@ -72,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name = words.pop(0) if words and not words[0].startswith("-") else "run"
         if words and not words[0].startswith("-") and f"{name} {words[0]}" in VERBS:
             name = f"{name} {words.pop(0)}"
-        if name == "plan" and any(_flag(word) in ("--shape", "--machine") for word in words):
+        if name == "plan" and any(flag_of(word) in ("--shape", "--machine") for word in words):
             name = "plan --machine"
         if name not in VERBS:
             raise UsageError(
@@ -295,15 +289,15 @@ VERBS = {
         LMTrainConfig,
         lm_train,
         "train a byte model on texts",
-        SEED_FLAGS,
-        SEED_FLAGS_WITHOUT_EFFECT,
+        seed_flags.TRAIN,
+        seed_flags.WITHOUT_EFFECT_IN_TRAIN,
     ),
     "lm eval": Verb(LMEvalConfig, lm_eval, "bits per byte of a byte model"),
     "lm generate": Verb(
         LmGenerateConfig,
         lm_generate,
         "continue a prompt with a byte model",
-        without_effect=SEED_FLAGS_OF_GENERATE,
+        without_effect=seed_flags.WITHOUT_EFFECT_IN_GENERATE,
     ),
     "lm monitor": Verb(LmMonitorConfig, lm_monitor, "watch a run of `lm train`"),
     "lm compare": Verb(LmCompareConfig, lm_compare, "byte models side by side on prompts"),
@@ -313,6 +307,9 @@ VERBS = {
 def _parse(verb: Verb, name: str, words: list[str]) -> Any:
     """The verb's settings: defaults, then --config FILE, then flags."""
     default, words = _default(verb, words)
+    spelled, ignored = spell(words, verb.config, verb.aliases, verb.without_effect)
+    for flag, why in ignored.items():
+        print(f"warning: {flag} has no effect: {why}", file=sys.stderr)
     program = "main.py" if name == "run" else f"main.py {name}"
     description = verb.config.__doc__
     if name == "run":
@@ -323,7 +320,7 @@ def _parse(verb: Verb, name: str, words: list[str]) -> Any:
         prog=program,
         description=description,
         # help is given whatever else stands there
-        args=["--help"] if "--help" in words else _spelled(words, verb),
+        args=["--help"] if "--help" in words else spelled,
         default=default,
         config=(tyro.conf.OmitArgPrefixes,),
         use_underscores=True,
@@ -355,49 +352,6 @@ def _default(verb: Verb, words: list[str]) -> tuple[Any, list[str]]:
     settings = dict(value.get("settings", value))
     settings.pop("fingerprint", None)
     return main_config_from_json(settings, Path(path)), rest
-
-
-def _flag(word: str) -> str:
-    """The flag in --flag=value."""
-    return word.partition("=")[0]
-
-
-def _spelled(words: list[str], verb: Verb) -> list[str]:
-    """The words as tyro takes them: flags by their names, `--streaming False` as a switch."""
-    switches, found = _switches(verb.config), []
-    named = iter([_named(word, verb.aliases) for word in words])
-    for word in named:
-        if (why := verb.without_effect.get(_flag(word))) is not None:
-            print(f"warning: {_flag(word)} has no effect: {why}", file=sys.stderr)
-            if "=" not in word:
-                next(named, None)
-            continue
-        flag = found[-1].removeprefix("--") if found else ""
-        if word in ("True", "False") and flag in switches:
-            found[-1] = f"--{flag}" if word == "True" else f"--no_{flag}"
-        else:
-            found.append(word)
-    return found
-
-
-def _switches(config: type) -> set[str]:
-    """Names of the settings of a dataclass, and of those inside it, that are on or off."""
-    found: set[str] = set()
-    for name, kind in typing.get_type_hints(config).items():
-        if kind is bool:
-            found.add(name)
-        elif dataclasses.is_dataclass(kind):
-            found |= _switches(kind)
-    return found
-
-
-def _named(word: str, aliases: Mapping[str, str]) -> str:
-    """--calib-text and --calib_text are the same flag; values stay as they are."""
-    if not word.startswith("--"):
-        return word
-    flag, equals, value = word.partition("=")
-    flag = "--" + flag[2:].replace("-", "_")
-    return aliases.get(flag, flag) + equals + value
 
 
 def _fail(message: str, code: int, debug: bool) -> int:

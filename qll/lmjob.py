@@ -75,8 +75,9 @@ def train(config: LMTrainConfig) -> dict[str, Any]:
         precision = choose_precision(config.precision, device)
         few = sample(documents, config.watch.val_max_chunks * model_config.context)
         steps = number_of_steps(config, parts, loader)
+        if not files.checkpoint.is_file():
+            start_embedding(config, model, parts)
         trainer = Trainer(config, model, loader, few, steps, precision)
-        start_embedding(config, model, parts)
         trainer.restore()
         stopped_by = trainer.run()
         save_model(files.last, trainer.learner.measured)

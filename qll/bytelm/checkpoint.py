@@ -19,7 +19,7 @@ from qll import store
 from qll.errors import IntegrityError
 
 Groups = dict[str, dict[str, Tensor]]
-VERSION = 1
+VERSION = 2
 
 
 def write_checkpoint(path: Path, groups: Mapping[str, Mapping[str, Tensor]], facts: Any) -> None:

@@ -170,8 +170,8 @@ class LossConfig:
     width: float = 0.01
     """Weight of the open share of feed-forward channels, when positions choose it."""
     weighting: Literal["constant", "ramp", "uncertainty"] = "constant"
-    """ramp: weights grow linearly over the first half of the run, counted from the first stage that
-    has one; uncertainty: they are learned."""
+    """ramp: a weight grows linearly over the first half of the run, counted from the first stage
+    that has it; uncertainty: they are learned."""
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():

@@ -6,7 +6,7 @@ batch as large as all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Protocol, runtime_checkable
@@ -56,9 +56,10 @@ class Learner:
         losses: LossConfig,
         settings: LearningSettings,
         context: Callable[[], AbstractContextManager] | None = None,
+        beginnings: Mapping[str, float] | None = None,
     ) -> None:
         self.model, self.settings = model, settings
-        self.objective = Objective(losses).to(model.embedding.weight.device)
+        self.objective = Objective(losses, beginnings).to(model.embedding.weight.device)
         # made before the blocks are wrapped: the copy is never trained
         self.average = self._averaged() if settings.ema else None
         if settings.compile:

@@ -9,6 +9,8 @@ Every term is a mean, so a weight means the same at every batch size, length and
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -20,13 +22,15 @@ from qll.bytelm.energy import entanglement_energy, neighbour_energy, pair_energy
 from qll.bytelm.model import ByteModel
 from qll.bytelm.state import State
 
-RAMP = 0.5  # share of training over which weights grow
+RAMP = 0.5  # share of what is left, when a loss is first on, over which its weight grows
 REPEATED = 4  # bytes that must be the same before, for their successor to be a repetition
 FROM_NOTES = ("codebook", "width")  # terms that layers compute themselves
 
 
 class Objective(nn.Module):
     """The loss of a model on some bytes; its own parameters are the learned weights, if any.
+
+    beginnings: the share of training after which a loss is first on, by name; 0 unless given.
 
     >>> from qll.bytelm.config import ModelConfig
     >>> model = ByteModel(ModelConfig(d_model=32, n_layers=1, context=8))
@@ -36,9 +40,9 @@ class Objective(nn.Module):
     (['coherence', 'cross_entropy'], 4, True)
     """
 
-    def __init__(self, config: LossConfig) -> None:
+    def __init__(self, config: LossConfig, beginnings: Mapping[str, float] | None = None) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.beginnings = config, beginnings or {}
         learned = config.weighting == "uncertainty"
         names = [name for name in TERMS if getattr(config, name)] if learned else []
         self.log_variance = nn.ParameterDict(
@@ -88,7 +92,10 @@ class Objective(nn.Module):
         if self.config.weighting == "uncertainty":
             learned = self.log_variance[name]
             return weight * ((-learned).exp() * term + learned)
-        return weight * term * (min(1.0, share / RAMP) if self.config.weighting == "ramp" else 1.0)
+        if self.config.weighting == "ramp":
+            begins = self.beginnings.get(name, 0.0)
+            weight = weight * min(1.0, max(0.0, share - begins) / (RAMP * (1 - begins)))
+        return weight * term
 
 
 TERMS = ("coherence", "interference", "entanglement", "unlikelihood", *FROM_NOTES)

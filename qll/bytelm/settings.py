@@ -47,24 +47,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 DEFAULT_EPOCHS = 3.0  # when no length is given at all
-# flags of the founding scripts that are called otherwise here
-SEED_FLAGS = {
-    "--checkpoint_dir": "--out",
-    "--gradient_accumulation_steps": "--accumulate_steps",
-    "--phase_coh": "--coherence",
-    "--coherence_weight": "--coherence",
-    "--energy_weight": "--interference",
-    "--no_amp": "--precision=float32",
-}
-SEED_FLAGS_OF_GENERATE = {
-    "--mode": "the verb says what to do: lm train, lm generate",
-    "--model_args": "the model's folder says what it is made of",
-}
-SEED_FLAGS_WITHOUT_EFFECT = {
-    "--mode": "the verb says what to do: lm train, lm generate",
-    "--num_workers": "batches are made by the process that trains",
-    "--phase_dim": "phases are those of pairs of channels, half of --model_dim",
-}
 
 
 @dataclass(frozen=True)

@@ -102,21 +102,20 @@ def stage_at(stages: Sequence[Stage], share: float) -> int:
     return len(stages) - 1
 
 
-def share_with_losses(stages: Sequence[Stage], losses: LossConfig, share: float) -> float:
-    """How much is done after `share` of a run, of what it does since its first optional loss.
+def beginnings(stages: Sequence[Stage], losses: LossConfig) -> dict[str, float]:
+    """The share of the run after which each of the OPTIONAL losses is first on, by name.
 
-    >>> losses = LossConfig(coherence=0.1)
-    >>> [round(share_with_losses(STAGES["language_first"], losses, s), 2) for s in (0.5, 0.85, 1.0)]
-    [0.0, 0.5, 1.0]
+    >>> beginnings(STAGES["language_first"], LossConfig(coherence=0.1))
+    {'coherence': 0.7}
     """
-    before = 0.0
+    total, before, found = sum(stage.share for stage in stages), 0.0, {}
     for stage in stages:
         weights = stage.weights(losses)
-        if any(getattr(weights, name) for name in OPTIONAL):
-            break
-        before += stage.share / sum(stage.share for stage in stages)
-    # without any of them, of the whole run
-    return max(0.0, (share - before) / (1 - before)) if before < 1 - 1e-9 else share
+        for name in OPTIONAL:
+            if getattr(weights, name):
+                found.setdefault(name, before)
+        before += stage.share / total
+    return found
 
 
 def all_losses(stages: Sequence[Stage], losses: LossConfig) -> LossConfig:

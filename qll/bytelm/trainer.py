@@ -32,7 +32,7 @@ from qll.bytelm.progress import Progress, train_line, validation_line
 from qll.bytelm.runfiles import RunFiles
 from qll.bytelm.saved import save_model
 from qll.bytelm.settings import LMTrainConfig
-from qll.bytelm.stages import all_losses, share_with_losses, stage_at
+from qll.bytelm.stages import all_losses, beginnings, stage_at
 from qll.bytelm.streaming import StreamLoader
 from qll.errors import ConfigError
 from qll.train.precision import autocast, fast_attention
@@ -162,8 +162,7 @@ class Trainer:
             self._enter(stage_at(self.stages, done))
             rate = self.schedule.rate(progress.step, progress.seconds)
             check = self.device.type == "cpu" or (progress.step + 1) % watch.log_every == 0
-            on = share_with_losses(self.stages, self.config.losses, done)
-            norm = self.learner.step(self.loader, progress.step + 1, on, rate, check)
+            norm = self.learner.step(self.loader, progress.step + 1, done, rate, check)
             progress.step += 1
             progress.bytes += self._bytes_per_step
             progress.seconds = before + time.monotonic() - started
@@ -248,7 +247,8 @@ class Trainer:
     def _learner(self, model: ByteModel) -> Learner:
         # made with every loss of any stage, so that learned weights are there from the beginning
         every = all_losses(self.stages, self.config.losses)
-        return Learner(model, every, self.config.learning, self._context)
+        begins = beginnings(self.stages, self.config.losses)
+        return Learner(model, every, self.config.learning, self._context, begins)
 
     def _context(self) -> ExitStack:
         stack = ExitStack()

@@ -278,10 +278,11 @@ def test_an_embedding_starts_from_the_statistics_of_the_texts(text, tmp_path):
     from qll.bytelm.saved import load_model
 
     out = tmp_path / "run"
-    words = ["--data", text, "--out", out, *QUICK, "--max_steps", 1, "--lr", 1e-9]
-    assert train(*words, "--embedding", "ppmi") == 0
+    words = ["--data", text, *QUICK, "--max_steps", 1, "--lr", 1e-9, "--embedding", "ppmi"]
+    assert train(*words, "--out", out) == 0
+    assert train(*words, "--out", tmp_path / "averaged", "--ema", 0.9) == 0
     trained, _ = split_documents(find_documents([text]))
     expected = start_of("ppmi", 32, bigram_counts(trained))
-    torch.testing.assert_close(
-        load_model(out / "last").embedding.weight.detach(), expected, atol=1e-6, rtol=0
-    )
+    for folder in (out, tmp_path / "averaged"):
+        found = load_model(folder / "last").embedding.weight.detach()
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)

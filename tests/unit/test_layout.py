@@ -45,6 +45,7 @@ ROOMS = (
     "saejob",
     "lmjob",
     "api",
+    "flags",
     "cli",
 )
 FILES = sorted(PACKAGE.rglob("*.py"))

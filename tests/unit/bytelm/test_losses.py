@@ -104,6 +104,12 @@ def test_terms_are_added_with_their_weights():
     ramp = Objective(LossConfig(**weights, weighting="ramp"))
     assert ramp(model, ids, ids, share=0.0)[0] == terms["cross_entropy"]
     torch.testing.assert_close(ramp(model, ids, ids, share=0.5)[0], expected)
+    # a loss that is first on after 0.6 of the run has its whole weight after half of the rest
+    late = Objective(LossConfig(**weights, weighting="ramp"), dict.fromkeys(weights, 0.6))
+    assert late(model, ids, ids, share=0.6)[0] == terms["cross_entropy"]
+    torch.testing.assert_close(late(model, ids, ids, share=0.8)[0], expected)
+    half = late(model, ids, ids, share=0.7)[0] - terms["cross_entropy"]
+    torch.testing.assert_close(half, (expected - terms["cross_entropy"]) / 2)
 
 
 def test_learned_weights_learn():

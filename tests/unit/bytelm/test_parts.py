@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from qll.bytelm.adapter import AdaptedLinear, with_adapters, without_adapters
 from qll.bytelm.born import complex_features, real_features
+from qll.bytelm.born_head import AmplitudeHead
 from qll.bytelm.brickwall import Brickwall, gate
 from qll.bytelm.complex_numbers import conjugate_product
 from qll.bytelm.concept import nearest, strongest, use_sae
@@ -242,6 +245,7 @@ def test_the_plain_twin_has_as_many_parameters():
 
 def test_probabilities_of_the_born_head_are_squares_of_amplitudes():
     model, ids = byte_model("Born head"), text(2, 7)
+    assert isinstance(model.head, AmplitudeHead)
     with torch.no_grad():
         notes: dict = {}
         logits = model.step(ids, model.initial_state(2), notes)[0]
@@ -254,3 +258,12 @@ def test_probabilities_of_the_born_head_are_squares_of_amplitudes():
     torch.testing.assert_close(logits.softmax(-1).sum(-1), torch.ones(2, 7).double())
     with pytest.raises(UsageError, match="cannot be tied"):
         byte_model("Born head", tie=True)
+
+
+def test_an_amplitude_of_zero_has_a_finite_logit_and_gradient():
+    head = AmplitudeHead(settings("Born head"))
+    torch.nn.init.zeros_(head.weight)
+    loss = torch.nn.functional.cross_entropy(head(torch.ones(1, 16)), torch.tensor([7]))
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(256), abs=1e-4)
+    assert torch.isfinite(head.weight.grad).all()
