@@ -1,7 +1,7 @@
 """How the words of a command line may be spelled, and what tyro gets to see of them.
 
---calib-text is --calib_text, a verb may know other names for its flags, `--streaming True` and
-`--streaming False` are switches, and flags that mean nothing here are left out and named.
+--calib-text is --calib_text, a verb may know other names for its flags, `--streaming True` (or
+`=True`) and `--streaming False` are switches, and flags that mean nothing here are left out and named.
 """
 
 from __future__ import annotations
@@ -26,20 +26,23 @@ def spell(
     >>> @dataclasses.dataclass
     ... class Config:
     ...     streaming: bool = False
-    >>> words = ["--streaming", "False", "--old-name=3", "--mode", "x"]
+    >>> words = ["--streaming", "False", "--old-name=3", "--mode", "x", "--streaming=True"]
     >>> spell(words, Config, {"--old_name": "--new_name"}, {"--mode": "the verb says it"})
-    (['--no_streaming', '--new_name=3'], {'--mode': 'the verb says it'})
+    (['--no_streaming', '--new_name=3', '--streaming'], {'--mode': 'the verb says it'})
     """
     known, found, left_out = switches(config), [], {}
     named = iter([_named(word, aliases) for word in words])
     for word in named:
-        flag, before = flag_of(word), found[-1].removeprefix("--") if found else ""
+        flag, _, value = word.partition("=")
+        before = found[-1].removeprefix("--") if found else ""
         if flag in without_effect:
             left_out[flag] = without_effect[flag]
             if flag == word:
                 next(named, None)
         elif word in SWITCHED and before in known:
             found[-1] = SWITCHED[word] + before
+        elif value in SWITCHED and flag.removeprefix("--") in known:
+            found.append(SWITCHED[value] + flag.removeprefix("--"))
         else:
             found.append(word)
     return found, left_out
