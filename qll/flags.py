@@ -1,7 +1,7 @@
 """How the words of a command line may be spelled, and what tyro gets to see of them.
 
---calib-text is --calib_text, a verb may know other names for its flags, `--streaming True` (or
-`=True`) and `--streaming False` are switches, and flags that mean nothing here are left out and named.
+--calib-text is --calib_text, a verb may know other names for its flags, `--streaming True` and
+`--streaming=False` are switches, and flags that mean nothing here are left out and named.
 """
 
 from __future__ import annotations
