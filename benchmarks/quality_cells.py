@@ -68,6 +68,12 @@ OURS_BITS = (
     ("ours_fast_int3", 1.0, ("--effort", "fast", "--bits", "3")),
     ("ours_best_int3", 1.0, ("--effort", "best", "--bits", "3")),
     ("ours_best_int2", 1.0, ("--effort", "best", "--bits", "2")),
+    # a width for every matrix, at the bits of all in four and in three, and between three and two
+    ("ours_fast_4.5_bits", 1.0, ("--effort", "fast", "--bits_per_weight", "4.5")),
+    ("ours_fast_3.5_bits", 1.0, ("--effort", "fast", "--bits_per_weight", "3.5")),
+    ("ours_best_4.5_bits", 1.0, ("--effort", "best", "--bits_per_weight", "4.5")),
+    ("ours_best_3.5_bits", 1.0, ("--effort", "best", "--bits_per_weight", "3.5")),
+    ("ours_best_3_bits", 1.0, ("--effort", "best", "--bits_per_weight", "3.0")),
     # fewer numbers of four bits, beside all of them in three and in two
     ("ours_best_int4", 0.7, ("--effort", "best", "--bits", "4")),
     ("ours_best_int4", 0.5, ("--effort", "best", "--bits", "4")),

@@ -60,6 +60,11 @@ LABELS = {
     "ours_best_int3": "**QLL, int3, `--effort best`**",
     "ours_fast_int3": "**QLL, int3, `--effort fast`**",
     "ours_best_int2": "**QLL, int2, `--effort best`**",
+    "ours_fast_4.5_bits": "**QLL, `--bits_per_weight 4.5`, `--effort fast`**",
+    "ours_fast_3.5_bits": "**QLL, `--bits_per_weight 3.5`, `--effort fast`**",
+    "ours_best_4.5_bits": "**QLL, `--bits_per_weight 4.5`, `--effort best`**",
+    "ours_best_3.5_bits": "**QLL, `--bits_per_weight 3.5`, `--effort best`**",
+    "ours_best_3_bits": "**QLL, `--bits_per_weight 3`, `--effort best`**",
 }
 NOT_RUN = "not run"
 STAR = r"\*"  # at a cell with a note

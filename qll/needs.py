@@ -115,7 +115,7 @@ def memory_bytes(state: Run, until: str) -> dict[str, int]:
     if train.passes:
         tokens = 4 * d_model * train.refine_tokens * 4
         stages["refine"] = 4 * 5 * block + min(tokens, 2 << 30) + window * 3
-    heals, tunes = train.healing and options.keep < 1.0, train.tuning and options.bits
+    heals, tunes = train.healing and not options.is_exact, train.tuning and options.is_packed
     distilling = distilling_bytes(state)
     # left out, with a warning, where there is no room for it
     if (heals or tunes) and distilling + PROGRAM <= free_bytes(state.device):

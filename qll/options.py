@@ -79,8 +79,11 @@ class ConvertOptions:
     """Dtype of the saved tensors; auto is the source's (float32 for quantised GGUF files)."""
     bits: Literal[0, 2, 3, 4, 8] = 0
     """Store the block linears (cores and dense matrices) as integers of this width; 0 does not."""
+    bits_per_weight: float = 0.0
+    """Budget in stored bits per weight of the block linears, scales and all (3.5, say), in place of
+    --keep and --bits: every matrix becomes what loses least at 2, 3, 4 or 8 bits; 0: none."""
     bits_group: int = 32
-    """Numbers that share a scale of 16 bits under --bits."""
+    """Numbers that share a scale of 16 bits under --bits and --bits_per_weight."""
 
     def __post_init__(self) -> None:
         require_share("--keep", self.keep)
@@ -89,6 +92,7 @@ class ConvertOptions:
             raise UsageError(
                 "not a share", where="--outliers", expected="in [0, 1)", found=self.outliers
             )
+        self._require_one_budget()
         require_positive("--sites", self.sites, least=2)
         require_positive("--bits_group", self.bits_group, least=1)
         require_positive("--sweeps", self.sweeps, least=0)
@@ -113,6 +117,44 @@ class ConvertOptions:
                 where="--singles dense",
                 expected="--sharing inner or all, and --allocation global",
                 found=f"--sharing {self.sharing} --allocation {self.allocation}",
+            )
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the block linears are stored as integers."""
+        return bool(self.bits or self.bits_per_weight)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the numbers stay those of the dense model, up to their packing."""
+        return self.keep == 1.0 and not self.bits_per_weight
+
+    def _require_one_budget(self) -> None:
+        if self.bits_per_weight == 0:
+            return
+        if not 0 < self.bits_per_weight < float("inf"):
+            raise UsageError(
+                "not a number of bits",
+                where="--bits_per_weight",
+                expected="a finite number above 0",
+                found=self.bits_per_weight,
+                hint="for instance --bits_per_weight 3.5",
+            )
+        others = {
+            f"--keep {self.keep}": self.keep not in (ConvertOptions.keep, 1.0),
+            f"--bits {self.bits}": self.bits,
+            f"--allocation {self.allocation}": self.allocation != "global",
+            f"--losses {self.losses}": self.losses == "measured",
+            f"--outliers {self.outliers}": self.outliers,
+        }
+        if found := [flag for flag, is_given in others.items() if is_given]:
+            raise UsageError(
+                "a budget of bits, and what knows only one of numbers",
+                where="--bits_per_weight",
+                expected="neither --keep nor --bits, --allocation global, --losses predicted or "
+                "depth, no --outliers",
+                found=" ".join(found),
+                hint=f"leave out {' and '.join(flag.split()[0] for flag in found)}",
             )
 
 

@@ -58,7 +58,8 @@ def make_model(state: Run, moments: MomentStore | None, plan: Plan) -> dict[str,
         return facts
     train, trained, training = state.config.train, None, {}
     records = timed(state, "convert", convert, moments, plan)
-    is_lossy = any(entry.spec is not None for entry in plan.entries) and plan.keep < 1.0
+    is_lossy = any(entry.spec is not None for entry in plan.entries)
+    is_lossy = is_lossy and not state.config.convert.is_exact
     if train.passes and is_lossy:
         trained = plan_folder(state, "refined")
         training["refine"] = timed(state, "refine", refine_blocks, moments, plan, trained)
@@ -66,7 +67,7 @@ def make_model(state: Run, moments: MomentStore | None, plan: Plan) -> dict[str,
     if train.healing and is_lossy and distilling_fits(state, "--heal_tokens", healed):
         refined, trained = trained, healed
         training["heal"] = timed(state, "heal", heal_model, plan, refined, trained)
-    if state.config.convert.bits:
+    if state.config.convert.is_packed:
         records = timed(state, "pack", pack, moments, plan, trained, records)
         tuned = plan_folder(state, "tuned")
         if train.tuning and distilling_fits(state, "--tune_tokens", tuned):
@@ -79,14 +80,14 @@ def require_training(state: Run) -> None:
     """Raise TextError before anything is measured when the texts are too short to train on, and
     UsageError when there is too little memory for a distillation that was asked for."""
     train = state.config.train
-    tuning = train.tuning * bool(state.config.convert.bits)
-    if train.heal_tokens and state.config.convert.keep < 1.0:
+    tuning = train.tuning * state.config.convert.is_packed
+    if train.heal_tokens and not state.config.convert.is_exact:
         distilling_fits(state, "--heal_tokens")
-    if train.tune_tokens and state.config.convert.bits:
+    if train.tune_tokens and state.config.convert.is_packed:
         distilling_fits(state, "--tune_tokens")
     wanted = [train.refine_tokens * bool(train.passes), train.healing]
     # at keep 1 the closed form is exact, and nothing but scales is trained
-    for tokens in (*(wanted if state.config.convert.keep < 1.0 else ()), tuning):
+    for tokens in (*(() if state.config.convert.is_exact else wanted), tuning):
         if tokens:
             require_held_out(calibration_windows(state, tokens, train.train_context))
 
@@ -245,7 +246,7 @@ def write_model(
     from qll.model import commit_folder
 
     options, cores, source = state.config.convert, cores_of(state), state.source
-    if trained is not None and ("tune" in training or not options.bits):
+    if trained is not None and ("tune" in training or not options.is_packed):
         records = measured_again(source, moments, plan, options, cores, trained, records)
     assemble_folder(state, plan, trained, state.model)
     facts = {
@@ -265,7 +266,7 @@ def write_model(
 def assemble_folder(
     state: Run, plan: Plan, trained: Path | None, folder: Path, *, as_float: bool = False
 ) -> None:
-    """Everything of a converted checkpoint but its manifest; `as_float` leaves out --bits."""
+    """Everything of a converted checkpoint but its manifest; `as_float` leaves out the packing."""
     from qll.model import write_static_files
 
     options = state.config.convert

@@ -36,7 +36,7 @@ logger = logging.getLogger("qll.runplan")
 def calibrate(state: Run) -> MomentStore | None:
     """Second moments of every linear on the calibration text, or None for the plain metric."""
     config, convert = state.config, state.config.convert
-    is_exact = convert.keep == 1.0 and not convert.bits
+    is_exact = convert.is_exact and not convert.is_packed
     if config.moments is not None:
         moments = given_moments(config, state.source)
     elif convert.metric == "plain" or is_exact:
@@ -153,10 +153,10 @@ def make_or_load_plan(state: Run, moments: MomentStore | None) -> Plan:
         for name in ("sensitivity", "candidates"):
             store.remove(state.work / name)
     plan = load_plan(path, state.source.config)
-    if plan.block_params > plan.budget:
+    if plan.size > plan.budget:
         logger.warning(
-            "%s: holds %d parameters, %d more than its budget",
-            *(path, plan.block_params, plan.block_params - plan.budget),
+            "%s: holds %d %s, %d more than its budget",
+            *(path, plan.size, plan.size_unit, plan.size - plan.budget),
         )
     return plan
 
@@ -165,14 +165,17 @@ def given_plan(state: Run) -> Plan:
     """The plan of --plan; raises UsageError when it was made for another --keep or --metric."""
     path, options = state.config.plan, state.config.convert
     plan = load_plan(path, state.source.config)
-    for name in ("keep", "metric"):
-        if getattr(plan, name) != getattr(options, name):
+    made_for = {"keep": plan.keep, "metric": plan.metric, "bits_per_weight": 0.0}
+    if plan.bits is not None:
+        made_for |= {"bits_per_weight": plan.bits.per_weight, "bits_group": plan.bits.group}
+    for name, value in made_for.items():
+        if value != getattr(options, name):
             raise UsageError(
                 f"the plan was made for another --{name}",
                 where=path,
-                expected=getattr(plan, name),
+                expected=value,
                 found=getattr(options, name),
-                hint=f"give --{name} {getattr(plan, name)}",
+                hint=f"give --{name} {value}",
             )
     return plan
 

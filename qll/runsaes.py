@@ -91,7 +91,7 @@ def feature_gradients(
     from qll.lens.feature_gradient import feature_gradient
 
     weight, found, facts = config.convert.feature_weight, {}, []
-    if not weight or config.convert.keep == 1.0:
+    if not weight or config.convert.is_exact:
         return None
     for name in require_saes(config, source):
         sae = load_sae(config.sae_dir, name, device=device)

@@ -1,9 +1,9 @@
-"""Which candidate each matrix gets: least predicted loss under one parameter budget.
+"""Which candidate each matrix gets: least predicted loss under one budget.
 
 An integer programme (scipy's HiGHS): one binary per candidate; each matrix is covered exactly once,
-by a candidate of its own or of a group it is in; the parameters sum to at most the budget. A
-Lagrangian relaxation (`lagrange`) first rules out what no best allocation holds, and takes the
-place of HiGHS, with a warning, where that fails or runs out of time.
+by a candidate of its own or of a group it is in; the sizes (numbers, or stored bits) sum to at most
+the budget. A Lagrangian relaxation (`lagrange`) first rules out what no best allocation holds, and
+takes the place of HiGHS, with a warning, where that fails or runs out of time.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ logger = logging.getLogger("qll.convert")
 def choose(
     candidates: Sequence[Candidate], budget: int, seconds: float = SECONDS
 ) -> list[Candidate]:
-    """The candidates that cover every matrix once with least loss within `budget` parameters.
+    """The candidates that cover every matrix once with least loss, sizes within `budget`.
 
     Exact to a relative gap of 1e-4 in the loss, or, when HiGHS takes more than `seconds` or fails,
     the better of what it has and the Lagrangian relaxation, with a warning. Raises UsageError when
@@ -39,19 +39,22 @@ def choose(
     >>> a, b = Unit(("a",), ((2, 2),)), Unit(("b",), ((2, 2),))
     >>> menu = [Candidate(a, None, 4, 0.0), Candidate(a, None, 2, 3.0),
     ...         Candidate(b, None, 4, 0.0), Candidate(b, None, 2, 1.0)]
-    >>> [item.params for item in choose(menu, budget=6)]
+    >>> [item.size for item in choose(menu, budget=6)]
     [4, 2]
     """
     exact, status, why = _programme(contenders(candidates, budget), budget, seconds)
     if status != 0:
         relaxed = None if status == INFEASIBLE else lagrangian(candidates, budget)
         if exact is None and relaxed is None:
+            flag, kind = (
+                ("--bits_per_weight", "bits") if candidates[0].bits else ("--keep", "parameters")
+            )
             raise UsageError(
                 "the budget is too small for this format",
-                where="--keep",
-                expected=f"at least {_least(candidates)} parameters",
+                where=flag,
+                expected=f"at least {_least(candidates)} {kind}",
                 found=budget,
-                hint="raise --keep or choose another --format",
+                hint=f"raise {flag} or choose another --format",
             )
         exact = min(filter(None, (exact, relaxed)), key=_loss)
         logger.warning("the allocation is not proven optimal: HiGHS stopped (%s)", why)
@@ -69,8 +72,8 @@ def _programme(
     cover = csr_matrix(
         (np.ones(len(pairs)), (rows, columns)), shape=(len(matrices), len(candidates))
     )
-    # parameters in units of the budget and losses in units of the largest keep HiGHS well scaled
-    sizes = np.array([item.params for item in candidates]) / budget
+    # sizes in units of the budget and losses in units of the largest keep HiGHS well scaled
+    sizes = np.array([item.size for item in candidates]) / budget
     losses = np.array([item.loss for item in candidates])
     losses = losses / max(losses.max(), 1e-300)
     result = milp(
@@ -94,10 +97,10 @@ def _loss(chosen: Sequence[Candidate]) -> float:
 
 
 def _least(candidates: Sequence[Candidate]) -> int:
-    """Parameters of the smallest candidate of every single matrix, summed."""
+    """The size of the smallest candidate of every single matrix, summed."""
     smallest: dict[str, int] = {}
     for item in candidates:
-        share = item.params / len(item.unit.members)
+        share = item.size / len(item.unit.members)
         for member in item.unit.members:
             smallest[member] = int(min(smallest.get(member, share), share))
     return sum(smallest.values())

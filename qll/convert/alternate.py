@@ -114,7 +114,7 @@ def round_matrix(
     """
     shape, weight = tuple(weight.shape), weight.to("cpu", torch.float64)
     rows = as_rows(weight, packing.group)
-    pair = _oriented((metric.left, metric.right), shape, packing.group)
+    pair = oriented((metric.left, metric.right), shape, packing.group)
     tried = []
     for found in (round_in_metric(rows, packing, *pair), round_nearest(rows, packing)):
         matrix = from_rows(found.values, shape, packing.group)
@@ -158,7 +158,7 @@ class Problem:
             pair = (_around(first.mT, out), into)
         else:
             pair = (_part(out, self._written_rows), _around(second, into))
-        return _oriented(pair, tuple(cores[k].shape), self.group)
+        return oriented(pair, tuple(cores[k].shape), self.group)
 
     def refit(self, cores: Sequence[Tensor], k: int, pair: Pair) -> Tensor:
         """Core k of least error beside the other cores, by conjugate gradients from where it is.
@@ -258,8 +258,12 @@ class Problem:
         return free.nonzero()[:, 0]
 
 
-def _oriented(pair: Pair, shape: tuple[int, ...], group: int) -> Pair:
-    """The moments of a matrix's two axes in the order that `as_rows` writes them."""
+def oriented(pair: Pair, shape: tuple[int, ...], group: int) -> Pair:
+    """The moments of a matrix's two axes in the order that `as_rows` writes them.
+
+    >>> oriented((None, torch.ones(2)), (40, 2), 32)[0].shape
+    torch.Size([2])
+    """
     return pair if group_axis(shape, group) == 1 else pair[::-1]
 
 

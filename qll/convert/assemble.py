@@ -39,7 +39,7 @@ def assemble(
 ) -> None:
     """Write the shards and their index into `model`, in the saved dtype.
 
-    `as_float` leaves out the packing of options.bits.
+    `as_float` leaves out the packing.
     """
     layers, kind = source.config.num_hidden_layers, saved_dtype(source, options)
     total, weight_map, size = layers + 1, {}, 0
@@ -67,13 +67,13 @@ def block_tensors(
 ) -> dict[str, Tensor]:
     """Every tensor of one block (None: of the rest) by its name in the checkpoint.
 
-    `as_float`: before options.bits packed them. Raises IntegrityError when the file of a trained
+    `as_float`: before they were packed. Raises IntegrityError when the file of a trained
     block belongs to another plan.
     """
     norms = with_trained(_norms(source, options, block), trained, block)
     tensors: dict[str, Tensor] = {}
     for entry in plan.of_block(block):
-        if options.bits and not as_float and block is not None:
+        if options.is_packed and not as_float and block is not None:
             packed = load_file(unit_path(cores, entry, packed=True))
             tensors |= with_trained(packed, trained, block)
         else:

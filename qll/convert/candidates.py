@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -19,12 +20,14 @@ from torch import Tensor
 from qll.convert.units import Unit
 from qll.tn import JOINTS, NETWORKS, tensor_shapes
 from qll.tn.network import NetworkSpec
+from qll.tn.packed import Packing
 from qll.tn.panels import panel_specs
 
 RANK_STEP = 8
 HALF = 0.5  # a K-FAC error squared is twice the predicted loss (second-order Taylor term)
 # candidates per unit of a format with thresholds
 STEPS = 96
+INDEX_BITS = 32  # of a stored pivot
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,15 @@ class Candidate:
     spec: NetworkSpec | None
     params: int
     loss: float
+    bits: int = 0
+    """Width of its numbers as integers; 0 leaves that to --bits."""
+    stored_bits: int = 0
+    """Under a budget of bits: all bits that are stored for it, scales and all."""
+
+    @property
+    def size(self) -> int:
+        """What it takes of the budget."""
+        return self.stored_bits or self.params
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object; `from_json` gives the same candidate, to the last bit of its loss."""
@@ -44,6 +56,8 @@ class Candidate:
             "spec": None if self.spec is None else self.spec.to_json(),
             "params": self.params,
             "loss": self.loss,
+            "bits": self.bits,
+            "stored_bits": self.stored_bits,
         }
 
     @classmethod
@@ -56,7 +70,21 @@ class Candidate:
         """
         unit = Unit(tuple(value["members"]), tuple(tuple(shape) for shape in value["shapes"]))
         spec = None if value["spec"] is None else NetworkSpec.from_json(value["spec"])
-        return cls(unit, spec, value["params"], value["loss"])
+        sizes = (value["params"], value["loss"], value["bits"], value["stored_bits"])
+        return cls(unit, spec, *sizes)
+
+
+def stored_bits(unit: Unit, spec: NetworkSpec | None, packing: Packing) -> int:
+    """Bits that are stored for a packed unit: codes, scales and pivot indices.
+
+    >>> stored_bits(Unit(("w",), ((2, 32),)), None, Packing(4, 32))
+    288
+    """
+    if spec is None:
+        return 8 * sum(packing.num_bytes(shape) for shape in unit.shapes)
+    shapes = tensor_shapes(spec)
+    indices = INDEX_BITS * sum(map(prod, shapes.indices))
+    return 8 * sum(map(packing.num_bytes, shapes.cores)) + indices
 
 
 def dense(unit: Unit) -> Candidate:

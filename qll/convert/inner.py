@@ -50,14 +50,23 @@ def inner_ladder(
     found = []
     for ranks, loss in options:
         sized = format_of(spec).clamp(spec.with_ranks(ranks))
-        if is_whole and not all(map(parts.is_whole, _inside(sized))):
+        if is_whole and not is_whole_inside(sized):
             continue
         found.append(Candidate(unit, sized, tensor_shapes(sized).num_params, loss))
     return useful(found, unit.dense_params)
 
 
+def is_whole_inside(spec: NetworkSpec) -> bool:
+    """Whether the format is one of fewer channels, and none of its matrices is low rank.
+
+    >>> is_whole_inside(NetworkSpec("lowrank", (4, 4), (2,)))
+    False
+    """
+    return spec.format in INNER and all(map(parts.is_whole, _inside(spec)))
+
+
 def _inside(spec: NetworkSpec) -> tuple[NetworkSpec, ...]:
-    """The matrices of a format that may be low rank."""
+    """The matrices of an inner format that may be low rank."""
     if spec.format == "joint_channels":
         return part_specs(spec)
     return (output_part(spec),) if spec.format == "joint_value_output" else ()

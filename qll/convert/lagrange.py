@@ -1,10 +1,11 @@
-"""An allocation without an integer programme: one price per parameter, then what is left is spent.
+"""An allocation without an integer programme: one price of size, then what is left is spent.
 
 Where the budget is relaxed into a price (Everett 1963, "Generalized Lagrange multiplier method"),
-every unit takes the candidate of least loss + price * parameters by itself, and matrices choose
-between their own candidates and those of their groups. The price at which the parameters just fit
-is found by bisection. What it leaves unspent, less than one step of one unit, goes to the exchanges
-that save most loss per parameter. Optimal on the lower convex hull of the candidates.
+every unit takes the candidate of least loss + price * size by itself, and matrices choose between
+their own candidates and those of their groups. A size is a number of parameters, or of stored bits.
+The price at which all just fits is found by bisection. What it leaves unspent, less than one step
+of one unit, goes to the exchanges that save most loss for their size. Optimal on the lower convex
+hull of the candidates.
 
 Its prices also bound every allocation from below, which spares the integer programme most
 candidates: of the 17,758 of SmolLM2 at keep 0.8 764 were left, and HiGHS took 0.05 s instead of 29.
@@ -30,25 +31,25 @@ class Menu:
     """The candidates of one unit, as arrays."""
 
     items: tuple[Candidate, ...]
-    params: Float64[np.ndarray, " items"]
+    sizes: Float64[np.ndarray, " items"]
     losses: Float64[np.ndarray, " items"]
 
     def at(self, price: float) -> tuple[float, Candidate]:
-        """(cost, candidate) of least loss + price * parameters."""
-        costs = self.losses + price * self.params
+        """(cost, candidate) of least loss + price * size."""
+        costs = self.losses + price * self.sizes
         best = int(costs.argmin())
         return float(costs[best]), self.items[best]
 
 
 def lagrangian(candidates: Sequence[Candidate], budget: int) -> list[Candidate] | None:
-    """The candidates that cover every matrix once within `budget` parameters, or None when even
+    """The candidates that cover every matrix once within `budget`, or None when even
     the smallest do not fit. Near the least loss: see the module.
 
     >>> from qll.convert.units import Unit
     >>> a, b = Unit(("a",), ((2, 2),)), Unit(("b",), ((2, 2),))
     >>> menu = [Candidate(a, None, 4, 0.0), Candidate(a, None, 2, 3.0),
     ...         Candidate(b, None, 4, 0.0), Candidate(b, None, 2, 1.0)]
-    >>> [item.params for item in lagrangian(menu, budget=6)]
+    >>> [item.size for item in lagrangian(menu, budget=6)]
     [4, 2]
     """
     families = list(_families(candidates))
@@ -67,7 +68,7 @@ def contenders(candidates: Sequence[Candidate], budget: int) -> list[Candidate]:
     >>> a, b = Unit(("a",), ((2, 2),)), Unit(("b",), ((2, 2),))
     >>> menu = [Candidate(a, None, 4, 0.0), Candidate(a, None, 2, 3.0),
     ...         Candidate(b, None, 4, 0.0), Candidate(b, None, 2, 1.0)]
-    >>> [(item.unit.name, item.params) for item in contenders(menu, budget=6)]
+    >>> [(item.unit.name, item.size) for item in contenders(menu, budget=6)]
     [('a', 4), ('b', 4), ('b', 2)]
     """
     families = list(_families(candidates))
@@ -90,17 +91,17 @@ def contenders(candidates: Sequence[Candidate], budget: int) -> list[Candidate]:
 def _price(
     families: Sequence[list[Menu]], candidates: Sequence[Candidate], budget: int
 ) -> float | None:
-    """The least price of a parameter at which the budget suffices; None where none does."""
-    # at this price one parameter outweighs every loss there is
+    """The least price of size at which the budget suffices; None where none does."""
+    # at this price one unit of size outweighs every loss there is
     low, high = 0.0, sum(item.loss for item in candidates) + 1.0
     chosen = _chosen(families, high)
     matrices = {member for item in candidates for member in item.unit.members}
     covered = {member for item in chosen for member in item.unit.members}
-    if covered != matrices or _params(chosen) > budget:
+    if covered != matrices or _size(chosen) > budget:
         return None
     for _ in range(HALVINGS):
         middle = (low + high) / 2 if low else high / 2**10
-        if _params(_chosen(families, middle)) <= budget:
+        if _size(_chosen(families, middle)) <= budget:
             high = middle
         else:
             low = middle
@@ -114,7 +115,7 @@ def _costs(family: list[Menu], price: float) -> tuple[float, list[tuple[Menu, np
     found = []
     for menu in family:
         others, _ = _cover(offers, matrices - frozenset(menu.items[0].unit.members))
-        found.append((menu, menu.losses + price * menu.params + others))
+        found.append((menu, menu.losses + price * menu.sizes + others))
     return _cover(offers, matrices)[0], found
 
 
@@ -131,7 +132,7 @@ def _families(candidates: Sequence[Candidate]) -> Iterator[list[Menu]]:
     for members, items in by_unit.items():
         menu = Menu(
             tuple(items),
-            np.array([item.params for item in items], dtype=float),
+            np.array([item.size for item in items], dtype=float),
             np.array([item.loss for item in items], dtype=float),
         )
         grouped.setdefault(frozenset(family_of[members[0]]), []).append(menu)
@@ -165,13 +166,13 @@ def _cover(
 
 def _spent(families: Sequence[list[Menu]], chosen: list[Candidate], budget: int) -> list[Candidate]:
     """`chosen` with candidates exchanged within their units while the budget lasts, the greatest
-    saving of loss per parameter first."""
+    saving of loss for its size first."""
     menus = {menu.items[0].unit.members: menu for family in families for menu in family}
     taken = {item.unit.members: item for item in chosen}
-    left = budget - _params(chosen)
+    left = budget - _size(chosen)
     while exchange := max(_exchanges(menus, taken, left), key=lambda pair: pair[0], default=None):
         item = exchange[1]
-        left -= item.params - taken[item.unit.members].params
+        left -= item.size - taken[item.unit.members].size
         taken[item.unit.members] = item
     return list(taken.values())
 
@@ -179,10 +180,10 @@ def _spent(families: Sequence[list[Menu]], chosen: list[Candidate], budget: int)
 def _exchanges(
     menus: dict[tuple[str, ...], Menu], taken: dict[tuple[str, ...], Candidate], left: int
 ) -> Iterator[tuple[float, Candidate]]:
-    """(loss saved per parameter, candidate) of every better candidate that `left` pays for."""
+    """(loss saved for its size, candidate) of every better candidate that `left` pays for."""
     for members, now in taken.items():
         menu = menus[members]
-        more = menu.params - now.params
+        more = menu.sizes - now.size
         saved = now.loss - menu.losses
         fits = (more <= left) & (saved > 0)
         if fits.any():
@@ -191,5 +192,5 @@ def _exchanges(
             yield float(rates[best]), menu.items[best]
 
 
-def _params(chosen: Sequence[Candidate]) -> int:
-    return sum(item.params for item in chosen)
+def _size(chosen: Sequence[Candidate]) -> int:
+    return sum(item.size for item in chosen)

@@ -5,6 +5,7 @@ Plain data between the planner and the fit: JSON that a person can edit and pass
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,20 +13,26 @@ from typing import Any
 from transformers import LlamaConfig
 
 from qll import store
+from qll.convert.candidates import stored_bits
 from qll.convert.sensitivity import Sensitivity
 from qll.convert.units import Unit, matrix_shapes
 from qll.errors import ConfigError
 from qll.tn import require_valid, tensor_shapes
 from qll.tn.network import NetworkSpec
+from qll.tn.packed import BITS, Packing
 
 
 @dataclass(frozen=True)
 class PlanEntry:
-    """One unit and what it becomes; spec None leaves it dense. loss: predicted, of its metric."""
+    """One unit and what it becomes; spec None leaves it dense. loss: predicted, of its metric.
+
+    bits: width of its numbers as integers; 0 leaves that to --bits.
+    """
 
     unit: Unit
     spec: NetworkSpec | None
     loss: float
+    bits: int = 0
 
     @property
     def params(self) -> int:
@@ -42,6 +49,7 @@ class PlanEntry:
             "predicted_loss": self.loss,
             "params": self.params,
             "params_dense": self.unit.dense_params,
+            **({"bits": self.bits} if self.bits else {}),
         }
 
     @classmethod
@@ -51,7 +59,23 @@ class PlanEntry:
         spec = None if value["spec"] is None else NetworkSpec.from_json(value["spec"])
         if spec is not None:
             require_valid(spec, where=unit.name)
-        return cls(unit, spec, float(value["predicted_loss"]))
+        bits = value.get("bits", 0)
+        if bits not in (0, *BITS):
+            raise ConfigError(
+                "not a width of integers",
+                where=unit.name,
+                expected=f"bits of {', '.join(map(str, BITS))}, or 0 for none of its own",
+                found=bits,
+            )
+        return cls(unit, spec, float(value["predicted_loss"]), bits)
+
+
+@dataclass(frozen=True)
+class BitBudget:
+    """A budget in bits: how many per weight of the block linears, numbers per shared scale."""
+
+    per_weight: float
+    group: int
 
 
 @dataclass(frozen=True)
@@ -64,6 +88,8 @@ class Plan:
     budget: int
     measured: tuple[Sensitivity, ...] = ()
     """The groups of cuts whose loss was measured, on the way to the entries."""
+    bits: BitBudget | None = None
+    """Where the budget counts stored bits and not numbers."""
 
     def of_block(self, block: int | None) -> list[PlanEntry]:
         """Entries of one block; None: embedding and head."""
@@ -74,6 +100,22 @@ class Plan:
         """Numbers stored for all block linears."""
         return sum(entry.params for entry in self.entries if entry.unit.block is not None)
 
+    @property
+    def size(self) -> int:
+        """What all block linears take of the budget: numbers, or stored bits."""
+        if self.bits is None:
+            return self.block_params
+        return sum(
+            stored_bits(entry.unit, entry.spec, Packing(entry.bits, self.bits.group))
+            for entry in self.entries
+            if entry.unit.block is not None
+        )
+
+    @property
+    def size_unit(self) -> str:
+        """What the budget counts."""
+        return "parameters" if self.bits is None else "bits"
+
     def to_json(self) -> dict[str, Any]:
         """A JSON object; `from_json` is its inverse."""
         return {
@@ -82,6 +124,7 @@ class Plan:
             "budget": self.budget,
             "block_params": self.block_params,
             "measured": [asdict(line) for line in self.measured],
+            **({} if self.bits is None else {"bits": asdict(self.bits)}),
             "entries": [entry.to_json() for entry in self.entries],
         }
 
@@ -90,7 +133,10 @@ class Plan:
         """The plan written by `to_json`, perhaps edited."""
         entries = tuple(PlanEntry.from_json(entry) for entry in value["entries"])
         measured = tuple(Sensitivity(**line) for line in value.get("measured", ()))
-        return cls(entries, value["keep"], value["metric"], value["budget"], measured)
+        sizes = (value["keep"], value["metric"], value["budget"])
+        bits = BitBudget(**value["bits"]) if "bits" in value else None
+        _require_widths(entries, bits)
+        return cls(entries, *sizes, measured, bits)
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON."""
@@ -114,6 +160,18 @@ def load_plan(path: Path, config: LlamaConfig | None = None) -> Plan:
     if config is not None:
         _require_matrices(plan, config, path)
     return plan
+
+
+def _require_widths(entries: Sequence[PlanEntry], bits: BitBudget | None) -> None:
+    """A width of its own for every block linear where the budget counts bits."""
+    for entry in entries:
+        if bits is not None and entry.unit.block is not None and not entry.bits:
+            raise ConfigError(
+                "an entry without a width, in a plan whose budget counts bits",
+                where=entry.unit.name,
+                expected=f"bits of {', '.join(map(str, BITS))}",
+                found="none",
+            )
 
 
 def _require_matrices(plan: Plan, config: LlamaConfig, path: Path) -> None:

@@ -29,7 +29,7 @@ from qll.convert.inner_parts import member_scales
 from qll.convert.jobs import Executor, InOrder
 from qll.convert.metric import Metric
 from qll.convert.outliers import outlier_ladder
-from qll.convert.plan import Plan, PlanEntry
+from qll.convert.plan import BitBudget, Plan, PlanEntry
 from qll.convert.scales import fit_scales, rescaled, weighted_by_depth
 from qll.convert.sensitivity import Trial, measure
 from qll.convert.units import (
@@ -42,6 +42,7 @@ from qll.convert.units import (
     templates,
 )
 from qll.convert.weights import metrics_of, read_weights
+from qll.convert.widths import Losses, rounding_losses, with_widths
 from qll.errors import UsageError
 from qll.load import Source, expect_block
 from qll.options import ConvertOptions
@@ -77,7 +78,7 @@ def make_plan(
     executor = executor or InOrder(source, moments, options, expect_block)
     candidates = _all_candidates(config.num_hidden_layers, work, executor)
     total = sum(unit.dense_params for unit in single_units(config, 0)) * config.num_hidden_layers
-    budget = int(options.keep * total)
+    budget = int((options.bits_per_weight or options.keep) * total)
     if options.losses == "depth":
         candidates = weighted_by_depth(candidates, config.num_hidden_layers)
     chosen, measured = _spend(candidates, budget, options), ()
@@ -86,9 +87,15 @@ def make_plan(
             raise UsageError("needs text to measure losses on", where="--losses measured")
         measured = tuple(measure(source, moments, options, chosen, trial))
         chosen = _spend(rescaled(candidates, fit_scales(measured), chosen), budget, options)
-    entries = [PlanEntry(item.unit, item.spec, significant(item.loss)) for item in chosen]
+    entries = [
+        PlanEntry(item.unit, item.spec, significant(item.loss), item.bits) for item in chosen
+    ]
     entries += _vocabulary_entries(source, moments, options)
-    return Plan(tuple(entries), options.keep, options.metric, budget, measured)
+    bits = BitBudget(options.bits_per_weight, options.bits_group)
+    return Plan(
+        *(tuple(entries), options.keep, options.metric, budget, measured),
+        bits if options.bits_per_weight else None,
+    )
 
 
 def block_candidates(
@@ -103,6 +110,21 @@ def block_candidates(
         weights = read_weights(source, unit.members, options)
         metrics = metrics_of(source, moments, unit.members, options)
         found += _unit_candidates(unit, format, weights, metrics, options, source.config)
+    if not options.bits_per_weight:
+        return found
+    rounding = _rounding(source, moments, options, block)
+    return list(with_widths(found, rounding, options.bits_group))
+
+
+def _rounding(
+    source: Source, moments: MomentStore | None, options: ConvertOptions, block: int
+) -> dict[str, Losses]:
+    """What each matrix of a block loses at every width; one is in memory at a time."""
+    found = {}
+    for unit in single_units(source.config, block):
+        (weight,) = read_weights(source, unit.members, options)
+        (metric,) = metrics_of(source, moments, unit.members, options)
+        found[unit.name] = rounding_losses(weight, metric, options.bits_group)
     return found
 
 
@@ -148,7 +170,7 @@ def _unit_candidates(
 ) -> list[Candidate]:
     """Everything that one unit could become in one format."""
     specs = templates(unit, format, options.gauge, options.sites, config)
-    if options.keep == 1.0:
+    if options.is_exact:
         return [exact(unit, specs[0])]
     if format in INNER:
         is_whole = options.format == "auto" and options.singles == "dense"
@@ -205,20 +227,20 @@ def _offers(config: LlamaConfig, options: ConvertOptions, block: int) -> Iterato
 
 def _has_choice(options: ConvertOptions) -> bool:
     """Whether losses of different matrices are weighed against each other at all."""
-    return options.allocation == "global" and options.keep < 1.0
+    return options.allocation == "global" and not options.is_exact
 
 
 def _is_uniform_auto(options: ConvertOptions) -> bool:
-    return options.format == "auto" and options.allocation == "uniform" and options.keep < 1.0
+    return options.format == "auto" and options.allocation == "uniform" and not options.is_exact
 
 
 def _spend(candidates: list[Candidate], budget: int, options: ConvertOptions) -> list[Candidate]:
-    if options.keep == 1.0:
+    if options.is_exact:
         # exact storage may exceed the dense count by its pivot indices, so nothing is left to
         # choose: the format asked for, or dense under auto
         kept = [c for c in candidates if (c.spec is None) == (options.format in ("auto", "dense"))]
         return kept
-    if options.format == "dense":
+    if options.format == "dense" and not options.bits_per_weight:
         raise UsageError(
             "dense matrices cannot be shrunk",
             where="--format dense",

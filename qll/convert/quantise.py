@@ -41,14 +41,26 @@ Tensors = dict[str, Shaped[Tensor, "..."]]
 
 
 def packings_of(plan: Plan, options: ConvertOptions) -> dict[str, Packing]:
-    """What `options.bits` packs, by module path: every block linear, networks and dense alike."""
-    if not options.bits:
-        return {}
-    paths = []
+    """What is packed, by module path: every block linear, networks and dense alike."""
+    found = {}
     for entry in (entry for entry in plan.entries if entry.unit.block is not None):
-        members = entry.unit.members
-        paths += members if entry.spec is None else [tensor_path(members)]
-    return dict.fromkeys(paths, Packing(options.bits, options.bits_group))
+        members, packing = entry.unit.members, packing_of(entry, options)
+        if packing is not None:
+            paths = members if entry.spec is None else [tensor_path(members)]
+            found |= dict.fromkeys(paths, packing)
+    return found
+
+
+def packing_of(entry: PlanEntry, options: ConvertOptions) -> Packing | None:
+    """How a block linear is packed: at the width of its entry, else at that of --bits.
+
+    >>> from qll.convert.units import Unit
+    >>> entry = PlanEntry(Unit(("w",), ((2, 32),)), None, 0.0, bits=3)
+    >>> packing_of(entry, ConvertOptions(bits_per_weight=3.5)), packing_of(entry, ConvertOptions())
+    (Packing(bits=3, group=32), None)
+    """
+    bits = (entry.bits or options.bits) if options.is_packed else 0
+    return Packing(bits, options.bits_group) if bits else None
 
 
 def quantise_units(
@@ -64,25 +76,24 @@ def quantise_units(
 ) -> list[dict[str, Any]]:
     """Pack every block linear in `work`; returns `records` with the errors of what is stored.
 
-    Does nothing when options.bits is 0. A packed matrix also gets `bits` and `bytes`. Without an
-    `executor` one after the other.
+    Does nothing without --bits or --bits_per_weight. A packed matrix also gets `bits` and `bytes`.
+    Without an `executor` one after the other.
     """
-    if not options.bits:
+    if not options.is_packed:
         return [dict(record) for record in records]
     executor = executor or InOrder(source, moments, options)
     known = {line["unit"]: line for line in store.read_lines(work / JOURNAL)}
-    packing = Packing(options.bits, options.bits_group)
     entries = [entry for entry in plan.entries if entry.unit.block is not None]
     lines, waiting = [], []
     for entry in entries:
-        if _is_done(known, entry, packing, work, trained):
+        if _is_done(known, entry, packing_of(entry, options), work, trained):
             lines.append(known[entry.unit.name])
         else:
             waiting.append(entry)
     packed = executor.run(pack_unit, waiting, work, trained)
     bar = tqdm(
         packed,
-        f"{options.bits} bits",
+        "pack",
         total=len(entries),
         initial=len(lines),
         unit="unit",
@@ -156,7 +167,7 @@ def pack_unit(
     for an executor."""
     started, path = time.monotonic(), unit_path(work, entry, packed=True)
     tensors = unit_tensors(work, trained, entry)
-    members, packing = entry.unit.members, Packing(options.bits, options.bits_group)
+    members, packing = entry.unit.members, packing_of(entry, options)
     metrics = metrics_of(source, moments, members, options)
     weights = read_weights(source, members, options)
     packed, matrices = quantise_tensors(entry, tensors, weights, metrics, packing)

@@ -14,13 +14,12 @@ from qll.convert.assemble import block_tensors
 from qll.convert.digits import significant
 from qll.convert.fit import comparable_members, relative_errors
 from qll.convert.plan import Plan, PlanEntry
-from qll.convert.quantise import unpacked_tensors
+from qll.convert.quantise import packing_of, unpacked_tensors
 from qll.convert.units import tensor_path
 from qll.convert.weights import metrics_of, read_weights
 from qll.load import Source
 from qll.options import ConvertOptions
 from qll.tn import build
-from qll.tn.packed import Packing
 
 
 def measured_again(
@@ -32,16 +31,18 @@ def measured_again(
     trained: Path,
     records: list[dict[str, Any]],
 ) -> list[dict[str, Any]]:
-    """`records` with rel_error and metric_error of the trained tensors, packed ones under --bits.
+    """`records` with rel_error and metric_error of the trained tensors, as they will be stored.
 
     discarded_weight stays: it belongs to the cut, not to what training made of it.
     """
     found: dict[str, tuple[float, float]] = {}
-    packing = Packing(options.bits, options.bits_group) if options.bits else None
     for block in range(source.config.num_hidden_layers):
-        stored = block_tensors(source, plan, options, cores, block, trained, as_float=not packing)
+        stored = block_tensors(
+            source, plan, options, cores, block, trained, as_float=not options.is_packed
+        )
         for entry in plan.of_block(block):
             members = entry.unit.members
+            packing = packing_of(entry, options)
             tensors = unpacked_tensors(entry, stored, packing) if packing else stored
             weights = read_weights(source, members, options)
             metrics = metrics_of(source, moments, members, options)

@@ -14,20 +14,21 @@ LOSS_HEADER = ("loss of the first plan's cuts", "blocks", "predicted", "measured
 
 
 def plan_text(plan: Plan) -> str:
-    """One line per entry (what it becomes, share of its parameters kept, predicted loss), the
-    measured losses, and the sums."""
+    """One line per entry (what it becomes, its width, share of its parameters kept, predicted
+    loss), the measured losses, and the sums."""
     rows = []
     for entry in plan.entries:
         spec = entry.spec
         shape = "dense" if spec is None else f"{spec.format} {list(spec.ranks)}"
         share = entry.params / entry.unit.dense_params
-        rows.append((entry.unit.name, shape, f"{share:.3f}", f"{entry.loss:.3e}"))
+        bits = str(entry.bits) if entry.bits else ""
+        rows.append((entry.unit.name, shape, bits, f"{share:.3f}", f"{entry.loss:.3e}"))
     loss = sum(entry.loss for entry in plan.entries)
     lines = [
-        *table(("unit", "becomes", "kept", "loss"), rows),
+        *table(("unit", "becomes", "bits", "kept", "loss"), rows),
         "",
         *loss_table([asdict(line) for line in plan.measured]),
-        f"{plan.block_params:,} parameters of {plan.budget:,}, predicted loss {loss:.4f}",
+        f"{plan.size:,} {plan.size_unit} of {plan.budget:,}, predicted loss {loss:.4f}",
     ]
     return "\n".join(lines)
 

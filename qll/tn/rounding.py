@@ -17,6 +17,7 @@ loses to a searched scale (0.065 and 0.076) and costs an eighth of a bit more.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -119,6 +120,36 @@ def round_in_metric(
     return _rounded(codes[back], scales[back], packing)
 
 
+def expected_losses(
+    rows: Float[Tensor, "rows length"],
+    packings: Sequence[Packing],
+    left: Float[Tensor, "rows rows"] | Float[Tensor, " rows"] | None,
+    right: Float[Tensor, "length length"] | Float[Tensor, " length"] | None,
+) -> list[float]:
+    """What `round_in_metric` may be expected to lose, tr(E^T left E right), without its loop.
+
+    That is sum (S_ii T_jj e_ij)^2 with the errors e of each number rounded for itself, as if what
+    is added to a number before it is rounded changed its error no more than chance does. Block 28
+    of SmolLM2-135M, K-FAC, groups of 32: real over expected 0.96 to 1.16 at 2 bits, 0.97 to 1.16
+    at 3, 1.01 to 1.25 at 4, but down_proj, whose 1,536 columns are weighed least well, 0.96, 0.79
+    and 0.59. Raises NonFiniteError.
+
+    >>> _ = torch.manual_seed(0)
+    >>> rows, moment = torch.randn(64, 64, dtype=torch.float64), torch.eye(64, dtype=torch.float64)
+    >>> expected = expected_losses(rows, [Packing(4, 32)], None, moment)[0]
+    >>> real = (rows - round_in_metric(rows, Packing(4, 32), None, moment).values).square().sum()
+    >>> 0.9 < expected / float(real) < 1.1
+    True
+    """
+    weight, order = _order(left, len(rows))
+    above = _pivots(_upper_root(left if weight is None else weight, order), len(rows))
+    above = above[torch.argsort(order)]
+    beside = _pivots(_upper_root(right, torch.arange(rows.shape[1])), rows.shape[1])
+    target = _finite(rows)
+    errors = ((target - round_nearest(target, packing).values).square() for packing in packings)
+    return [float(above @ error @ beside) for error in errors]
+
+
 class _Columns:
     """The loop over columns for rows that do not see each other.
 
@@ -208,6 +239,13 @@ def _upper_root(moment: Tensor | None, order: Tensor) -> Tensor | None:
         root, info = torch.linalg.cholesky_ex(lifted.flip(0, 1))
         raised *= 10
     return root.flip(0, 1)
+
+
+def _pivots(root: Tensor | None, count: int) -> Float64[Tensor, " n"]:
+    """The squares of the diagonal of a root."""
+    if root is None:
+        return torch.ones(count, dtype=torch.float64)
+    return (root if root.ndim == 1 else root.diagonal()).square()
 
 
 def _rounded(codes: np.ndarray, scales: np.ndarray, packing: Packing) -> Rounded:

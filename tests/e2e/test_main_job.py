@@ -132,6 +132,34 @@ def test_bits_are_counted_verified_and_exported(format, tiny_checkpoint, tmp_pat
     assert "complete" in capsys.readouterr().err
 
 
+def test_a_budget_of_bits_is_kept_in_the_files(tiny_checkpoint, tmp_path, capsys):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import qll
+
+    out, plain = tmp_path / "out", tmp_path / "plain"
+    flags = ["--llama_dir", str(tiny_checkpoint), "--bits_per_weight", "3.5", "--effort", "best"]
+    flags += ["--heal_tokens", "0", "--tune_tokens", "1024", "--train_context", "128", *QUICK]
+    assert main([*flags, "--out", str(out)]) == 0
+    report = json.loads((out / "report.json").read_text())
+    compression = report["compression"]
+    assert 3.2 < compression["block_bits_per_weight"] <= 3.5
+    assert len({row["bits"] for row in compression["per_matrix"] if "bits" in row}) > 1
+    assert compression["training"]["tune"]["tokens"] > 0
+    assert main(["export", "--model", str(out / "model"), "--out", str(plain)]) == 0
+    ids = torch.arange(40)[None] % 512
+    with torch.no_grad():
+        packed = qll.load(out / "model")(ids).logits
+        dense = AutoModelForCausalLM.from_pretrained(plain).eval()(ids).logits
+    assert float((packed - dense).abs().max()) < 1e-4
+    assert main(["plan", *flags, "--out", str(tmp_path / "plan")]) == 0
+    assert "bits of" in capsys.readouterr().out
+    words = ["--plan", str(out / "plan.json"), "--out", str(tmp_path / "other")]
+    assert main(["plan", *flags, *words, "--bits_per_weight", "4.0"]) == 2
+    assert "the plan was made for another --bits_per_weight" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("format", ["auto", "lowrank", "mpo"])
 def test_keep_one_reproduces_the_dense_logits(format, tiny_checkpoint, tmp_path):
     import torch
