@@ -109,7 +109,7 @@ def peer_row(cell: Cell, texts: Texts) -> dict[str, Any]:
     torch.manual_seed(cell.seed)
     case = Case(
         texts.source,
-        texts.moments(cell.seed),
+        lambda: texts.moments(cell.seed),
         texts.windows(cell.seed),
         cell.keep,
         cell.seed,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -40,8 +41,8 @@ class Case:
     """One model to compress to `keep` of its block linears' parameters."""
 
     source: Source
-    moments: MomentStore
-    """Second moments of inputs and output gradients over `windows`."""
+    gather: Callable[[], MomentStore]
+    """What gives `moments`; called when a method asks for them."""
     windows: Int[Tensor, "windows context"]
     """The calibration tokens."""
     keep: float
@@ -49,9 +50,22 @@ class Case:
     cache: Path
     """Folder for what several cells of one seed share."""
 
+    @cached_property
+    def moments(self) -> MomentStore:
+        """Second moments of inputs and output gradients over `windows`."""
+        return self.gather()
+
 
 Method = Callable[[Case], Iterator[tuple[str, Replacement]]]
 MatrixMethod = Callable[[Tensor, LinearMoments, float], Replacement]
+
+
+def weights(case: Case) -> Iterator[tuple[str, Float64[Tensor, "out into"]]]:
+    """Path and float64 weight of every block linear, block by block."""
+    for index in range(case.source.config.num_hidden_layers):
+        for path in LINEARS:
+            name = f"model.layers.{index}.{path}"
+            yield name, case.source.read(f"{name}.weight").double()
 
 
 def linears(case: Case) -> Iterator[tuple[str, Float64[Tensor, "out into"], LinearMoments]]:
@@ -69,6 +83,16 @@ def matrix_by_matrix(method: MatrixMethod) -> Method:
     def convert(case: Case) -> Iterator[tuple[str, Replacement]]:
         for name, weight, moments in linears(case):
             yield name, method(weight, moments, case.keep)
+
+    return convert
+
+
+def weight_by_weight(method: Callable[[Tensor, object, float], Replacement]) -> Method:
+    """The same for a method without calibration: no moments are read or measured."""
+
+    def convert(case: Case) -> Iterator[tuple[str, Replacement]]:
+        for name, weight in weights(case):
+            yield name, method(weight, None, case.keep)
 
     return convert
 

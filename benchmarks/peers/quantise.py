@@ -21,8 +21,8 @@ from benchmarks.peers.case import (
     Replacement,
     damped_hessian,
     inverse_root,
-    linears,
-    matrix_by_matrix,
+    weight_by_weight,
+    weights,
 )
 from benchmarks.peers.stream import on_the_stream
 from qll.calibrate import LinearMoments
@@ -34,7 +34,7 @@ GROUP = 32
 
 def half(case: Case) -> Iterator[tuple[str, Replacement]]:
     """float16."""
-    for name, weight, _ in linears(case):
+    for name, weight in weights(case):
         yield name, Replacement(weight.half().float(), weight.numel(), 2 * weight.numel())
 
 
@@ -43,7 +43,7 @@ def by_gguf(kind: str) -> Method:
     quantisation = GGMLQuantizationType[kind]
 
     def convert(case: Case) -> Iterator[tuple[str, Replacement]]:
-        for name, weight, _ in linears(case):
+        for name, weight in weights(case):
             packed = gguf.quants.quantize(weight.float().numpy(), quantisation)
             matrix = torch.from_numpy(gguf.quants.dequantize(packed, quantisation).copy())
             yield name, Replacement(matrix.float(), weight.numel(), packed.nbytes)
@@ -54,10 +54,10 @@ def by_gguf(kind: str) -> Method:
 def rounded(bits: int, group: int = GROUP) -> Method:
     """Round to nearest: groups along the input, one float16 scale each, symmetric."""
 
-    def replaced(weight: Tensor, moments: LinearMoments, keep: float) -> Replacement:
+    def replaced(weight: Tensor, moments: object, keep: float) -> Replacement:
         return _packed(*round_to_nearest(weight, bits, group), bits, group)
 
-    return matrix_by_matrix(replaced)
+    return weight_by_weight(replaced)
 
 
 def gptq(bits: int, group: int = GROUP) -> Method:

@@ -6,13 +6,10 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from benchmarks.peers.case import Replacement, matrix_by_matrix, pair_params, pair_rank, stored
-from qll.calibrate import LinearMoments
+from benchmarks.peers.case import Replacement, pair_params, pair_rank, stored, weight_by_weight
 
 
-def truncate(
-    weight: Float64[Tensor, "out into"], moments: LinearMoments, keep: float
-) -> Replacement:
+def truncate(weight: Float64[Tensor, "out into"], moments: object, keep: float) -> Replacement:
     """The nearest matrix of the rank that `keep` pays for, in the Frobenius norm."""
     rank = pair_rank(weight.shape, keep)
     left, values, right = torch.linalg.svd(weight, full_matrices=False)
@@ -20,4 +17,4 @@ def truncate(
     return stored(matrix, pair_params(weight.shape, rank))
 
 
-convert = matrix_by_matrix(truncate)
+convert = weight_by_weight(truncate)

@@ -18,8 +18,7 @@ from tensorly.decomposition import tensor_train_matrix, tucker
 from tensorly.tt_matrix import tt_matrix_to_tensor
 from torch import Tensor, nn
 
-from benchmarks.peers.case import Method, Replacement, matrix_by_matrix, stored
-from qll.calibrate import LinearMoments
+from benchmarks.peers.case import Method, Replacement, stored, weight_by_weight
 from qll.tn import default_modes
 
 TRAIN_SITES = 3
@@ -28,9 +27,7 @@ TUCKER_SITES = 2
 STEPS = 1000
 
 
-def tensor_train(
-    weight: Float64[Tensor, "out into"], moments: LinearMoments, keep: float
-) -> Replacement:
+def tensor_train(weight: Float64[Tensor, "out into"], moments: object, keep: float) -> Replacement:
     """tensorly's tensor_train_matrix of three cores."""
     out, into = modes(weight.shape, TRAIN_SITES)
     ranks = train_ranks(out, into, keep)
@@ -41,9 +38,7 @@ def tensor_train(
     return stored(matrix, train_params(out, into, ranks))
 
 
-def tucker_matrix(
-    weight: Float64[Tensor, "out into"], moments: LinearMoments, keep: float
-) -> Replacement:
+def tucker_matrix(weight: Float64[Tensor, "out into"], moments: object, keep: float) -> Replacement:
     """tensorly's Tucker (higher-order orthogonal iteration) of four modes."""
     dims = tuple(dim for side in modes(weight.shape, TUCKER_SITES) for dim in side)
     ranks = tucker_ranks(dims, keep)
@@ -56,9 +51,7 @@ def tucker_matrix(
 def factorized_linear(kind: str) -> Method:
     """tensorly-torch's FactorizedLinear.from_linear, `kind` blocktt or tucker, of three sites."""
 
-    def convert(
-        weight: Float64[Tensor, "out into"], moments: LinearMoments, keep: float
-    ) -> Replacement:
+    def convert(weight: Float64[Tensor, "out into"], moments: object, keep: float) -> Replacement:
         import tltorch
 
         out, into = modes(weight.shape, TRAIN_SITES)
@@ -80,7 +73,7 @@ def factorized_linear(kind: str) -> Method:
             params = sum(tensor.numel() for tensor in layer.weight.parameters())
             return stored(layer.weight.to_matrix().detach().reshape(weight.shape), params)
 
-    return matrix_by_matrix(convert)
+    return weight_by_weight(convert)
 
 
 def modes(shape: Sequence[int], sites: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -157,7 +150,7 @@ def _largest(
     return sized(low)
 
 
-tensor_train_cells = matrix_by_matrix(tensor_train)
-tucker_cells = matrix_by_matrix(tucker_matrix)
+tensor_train_cells = weight_by_weight(tensor_train)
+tucker_cells = weight_by_weight(tucker_matrix)
 blocktt_cells = factorized_linear("blocktt")
 factorized_tucker_cells = factorized_linear("tucker")

@@ -20,7 +20,7 @@ def tiny_case(tiny_hf_folder, tmp_path_factory):
     windows = torch.randint(0, 512, (8, 40), generator=torch.Generator().manual_seed(1))
     source, folder = open_source(tiny_hf_folder), tmp_path_factory.mktemp("peers")
     moments = collect(source, windows, folder / "moments", gradients=True)
-    case = Case(source, moments, windows, 0.6, 0, folder / "cache")
+    case = Case(source, lambda: moments, windows, 0.6, 0, folder / "cache")
 
     def make(**changes) -> Case:
         return dataclasses.replace(case, **changes)

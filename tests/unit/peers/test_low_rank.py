@@ -175,6 +175,14 @@ def test_sensitivity_is_the_divergence_of_the_whole_model(tiny_case, tiny_llama)
     assert watch.divergence({name: tiny_llama.get_submodule(name).weight}) < 1e-6
 
 
+@pytest.mark.parametrize("name", ["svd", "fp16", "rtn_int4"])
+def test_a_method_without_calibration_asks_for_no_moments(tiny_case, name):
+    def gather():
+        raise AssertionError("moments were asked for")
+
+    assert len(dict(load_method(name)(tiny_case(gather=gather)))) == 14
+
+
 @pytest.mark.parametrize(
     "name",
     ["svd", "asvd", "svd_llm", "swift_svd", "whitened_interpolative", "mpifa", "kfac_lems"],
