@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Float64, Int
+from jaxtyping import Float, Float32, Float64, Int
 from torch import Tensor
 
 from qll.calibrate import LINEARS, LinearMoments, MomentStore
@@ -54,6 +54,34 @@ class Case:
     def moments(self) -> MomentStore:
         """Second moments of inputs and output gradients over `windows`."""
         return self.gather()
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A matrix as left[:, :r] @ right[:r] for every rank r, with the squared singular values that
+    the method truncates."""
+
+    left: Float32[Tensor, "out k"]
+    right: Float32[Tensor, "k into"]
+    energies: Float64[Tensor, " k"]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, into)."""
+        return self.left.shape[0], self.right.shape[1]
+
+    def at(self, rank: int) -> Float32[Tensor, "out into"]:
+        """The matrix of rank `rank`."""
+        return self.left[:, :rank] @ self.right[:rank]
+
+    def tail(self, rank: int) -> float:
+        """Sum of the squared singular values after the first `rank`."""
+        return float(self.energies[rank:].flip(0).sum())
+
+    @property
+    def break_even(self) -> int:
+        """The largest rank whose two factors hold no more numbers than the matrix."""
+        return self.shape[0] * self.shape[1] // sum(self.shape)
 
 
 Method = Callable[[Case], Iterator[tuple[str, Replacement]]]
@@ -100,6 +128,18 @@ def weight_by_weight(method: Callable[[Tensor, object, float], Replacement]) -> 
 def stored(matrix: Float[Tensor, "out into"], params: int) -> Replacement:
     """A replacement whose `params` numbers are float32."""
     return Replacement(matrix.float(), params, 4 * params)
+
+
+def truncated(
+    case: Case, found: dict[str, Factors], ranks: dict[str, int | None]
+) -> Iterator[tuple[str, Replacement]]:
+    """Every matrix at its rank, or dense where that is None."""
+    for name, factors in found.items():
+        rank, (out, into) = ranks[name], factors.shape
+        if rank is None:
+            yield name, stored(case.source.read(f"{name}.weight"), out * into)
+        else:
+            yield name, stored(factors.at(rank), pair_params(factors.shape, rank))
 
 
 def pair_rank(shape: tuple[int, int], keep: float) -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
 
 from benchmarks.peers import asvd, kfac_lems, load_method, pifa, svd, svd_llm, swift_svd
-from benchmarks.peers.case import pair_rank
+from benchmarks.peers.case import Factors, linears, pair_params, pair_rank
+from benchmarks.peers.watch import Watch
 from qll.tn.lowrank import LowRank
 from qll.tn.network import NetworkSpec
 
@@ -37,12 +39,64 @@ def test_svd_llm_discards_exactly_the_output_error(problem):
     assert output_error(weight, svd.truncate(weight, moments, KEEP), inputs) > 1.5 * float(error)
 
 
-def test_swift_svd_is_svd_llm(problem):
-    weight, _, moments = problem
-    one = svd_llm.truncate(weight, moments, KEEP)
-    two = swift_svd.truncate(weight, moments, KEEP)
-    assert two.params == one.params
-    assert torch.allclose(one.matrix, two.matrix, atol=1e-4 * float(weight.abs().max()))
+def test_swift_svd_of_a_rank_is_svd_llm(problem):
+    weight, inputs, moments = problem
+    rank = pair_rank(weight.shape, KEEP)
+    one = svd_llm.truncate(weight, moments, KEEP).matrix
+    found = swift_svd.projected(weight, moments.input)
+    assert torch.allclose(one, found.at(rank), atol=1e-4 * float(weight.abs().max()))
+    error = ((weight - found.at(rank).double()) @ inputs.T).square().sum()
+    assert float(error) == pytest.approx(found.tail(rank), rel=1e-3)
+
+
+def factors_of(energies: list[float]) -> Factors:
+    """A matrix [64, 64] of some energies."""
+    zeros = torch.zeros(64, 64)
+    return Factors(zeros, zeros, torch.tensor(energies, dtype=torch.float64))
+
+
+def test_swift_svd_spreads_half_the_uniform_rank_by_importance_and_error():
+    """Algorithm 2 of the paper, by hand: uniform rank 16 of 64 x 64 at a half."""
+    tails = (1.0, 100.0, 10000.0)
+    found = {
+        f"model.layers.{index}.x": factors_of([1.0] * 16 + [tail / 48] * 48)
+        for index, tail in enumerate(tails)
+    }
+    influence = [0.3, 0.1, 0.2]
+    scores = torch.tensor([[2.0, 1.0, 1.5], [math.log(math.e + tail**0.5) for tail in tails]])
+    for alpha in (0.0, 0.6, 1.0):
+        ranks = swift_svd.allocate(found, influence, 0.5, alpha)
+        share = scores[0] ** alpha * scores[1] ** (1 - alpha)
+        wanted = 8 + 24 * share / share.sum()
+        assert sum(ranks.values()) == 3 * 16
+        assert all(
+            abs(rank - float(want)) < 1 for rank, want in zip(ranks.values(), wanted, strict=True)
+        )
+    # past break-even two factors are larger than the matrix
+    ranks = swift_svd.allocate(found, influence, 0.9, 0.0)
+    assert ranks["model.layers.2.x"] is None
+    assert all(rank <= 32 for rank in ranks.values() if rank is not None)
+
+
+def test_swift_svd_takes_the_alpha_of_the_least_cross_entropy(tiny_case):
+    case = tiny_case()
+    found = {
+        name: swift_svd.projected(weight, moments.input) for name, weight, moments in linears(case)
+    }
+    ranks = swift_svd.search(case, found)
+    watch = Watch(case, swift_svd.TOKENS)
+
+    def loss(ranks):
+        return watch.cross_entropy(
+            {name: found[name].at(rank) for name, rank in ranks.items() if rank is not None}
+        )
+
+    tried = [
+        swift_svd.allocate(found, case.moments.block_influence, case.keep, alpha)
+        for alpha in swift_svd.ALPHAS
+    ]
+    assert len(tried) == 11
+    assert loss(ranks) == pytest.approx(min(map(loss, tried)), rel=1e-6)
 
 
 def test_svd_llm_takes_a_singular_moment(problem):
@@ -55,9 +109,53 @@ def test_svd_llm_takes_a_singular_moment(problem):
 def test_asvd_scales_columns(problem):
     weight, inputs, _ = problem
     scale = inputs.abs().mean(0) ** asvd.ALPHA
-    found = asvd.truncate(weight, scale, 6)
+    found = asvd.scaled(weight, scale)
     tail = torch.linalg.svdvals(weight * scale)[6:].norm()
-    assert float(((weight - found) * scale).norm()) == pytest.approx(float(tail), rel=1e-8)
+    error = ((weight - found.at(6).double()) * scale).norm()
+    assert float(error) == pytest.approx(float(tail), rel=1e-5)
+    assert found.tail(6) == pytest.approx(float(tail) ** 2, rel=1e-8)
+
+
+def test_asvd_measures_every_matrix_at_every_share(tiny_case, tiny_llama, tmp_path):
+    case = tiny_case(cache=tmp_path)
+    name = "model.layers.1.mlp.up_proj"
+    weight = tiny_llama.get_submodule(name).weight.detach().double()
+    found = {name: asvd.scaled(weight, torch.ones(weight.shape[1]).double())}
+    measured = asvd.sensitivities(case, found)[name]
+    assert tuple(measured) == (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+    changed = copy.deepcopy(tiny_llama)
+    changed.get_submodule(name).weight.data = found[name].at(pair_rank(weight.shape, 0.4))
+    ids = case.windows[:2]
+    with torch.no_grad():
+        log_probs = changed(ids).logits[:, :-1].log_softmax(-1)
+    wanted = -log_probs.gather(2, ids[:, 1:, None].long()).mean()
+    assert measured[0.4] == pytest.approx(float(wanted), rel=1e-5)
+    # kept for the other sizes
+    assert asvd.sensitivities(case, {}) == {name: measured}
+
+
+def test_asvd_takes_the_least_harmful_shares_until_the_budget_is_met():
+    found = dict.fromkeys(("a", "b", "c"), factors_of([1.0] * 64))
+    harm = {"a": 1.0, "b": 3.0, "c": 100.0}
+    sensitivity = {
+        name: {share: scale * (1 - share) for share in asvd.SHARES} for name, scale in harm.items()
+    }
+    shares = asvd.search(found, sensitivity, 0.7)
+    assert shares["c"] == 1.0
+    assert shares["a"] < shares["b"] < 1.0
+    # as published: all up to a threshold, of each matrix the smallest
+    for threshold in sorted(loss for losses in sensitivity.values() for loss in losses.values()):
+        wanted = {
+            name: min([1.0, *(share for share, loss in losses.items() if loss <= threshold)])
+            for name, losses in sensitivity.items()
+        }
+        sizes = [
+            4096 if share == 1 else pair_params((64, 64), pair_rank((64, 64), share))
+            for share in wanted.values()
+        ]
+        if sum(sizes) <= 0.7 * 3 * 4096:
+            break
+    assert shares == wanted
 
 
 def test_asvd_measures_mean_magnitudes(tiny_case, tiny_llama):
@@ -144,7 +242,7 @@ def test_allocation_spends_where_it_hurts():
     for index in range(3):
         left, right = (torch.randn(64, 64, generator=generator) for _ in range(2))
         energies = torch.linspace(1, 0.01, 64, dtype=torch.float64)
-        found[f"model.layers.{index}.x"] = kfac_lems.Whitened(left, right, energies)
+        found[f"model.layers.{index}.x"] = Factors(left, right, energies)
     sensitivity = dict(zip(found, (1.0, 1.0, 100.0), strict=True))
     ranks = kfac_lems.allocate(found, sensitivity, 0.7, 0.0, 0.0)
     params = [4096 if rank is None else 128 * rank for rank in ranks.values()]
@@ -156,11 +254,39 @@ def test_allocation_spends_where_it_hurts():
     ranks = kfac_lems.allocate(found, equal, 0.7, 0.0, 7.0)
     first, *_, last = [32 if rank is None else rank for rank in ranks.values()]
     assert first > last
+    # ranks end below 0.95 of the break-even rank, and begin at a tenth of it below a keep of a half
+    dear = dict(zip(found, (1.0, 1.0, 1e-9), strict=True))
+    assert kfac_lems.allocate(found, dear, 0.5, 0.0, 0.0)["model.layers.2.x"] == 16
+    assert kfac_lems.allocate(found, dear, 0.49, 0.0, 0.0)["model.layers.2.x"] == 8
+    side = torch.zeros(82, 82)
+    energies = torch.linspace(1, 0.01, 82, dtype=torch.float64)
+    found = dict.fromkeys(found, Factors(side, side, energies))
+    ranks = kfac_lems.allocate(found, equal, 0.995, 0.0, 0.0)
+    assert sorted(rank or found["model.layers.0.x"].break_even for rank in ranks.values()) == [
+        32,
+        41,
+        41,
+    ]
+
+
+def test_the_last_block_has_no_depth_weight():
+    profile = kfac_lems.depth_profile(4, 1.0)
+    assert profile[0] == 1
+    assert profile[-1] == 0
+    # (1/2 + 1/3) / (1/1 + 1/2 + 1/3)
+    assert profile[1] == pytest.approx(5 / 11)
+
+
+def test_trials_are_those_of_the_published_sampler():
+    """optuna 4.6, TPESampler(seed=42): the first ten are drawn at random."""
+    assert len(kfac_lems.trials()) == 10
+    assert kfac_lems.trials()[0] == pytest.approx((1.1236203565420875, 6.655000144869414))
+    assert kfac_lems.trials()[9] == pytest.approx((1.2958350559263474, 2.0386039813862933))
 
 
 def test_sensitivity_is_the_divergence_of_the_whole_model(tiny_case, tiny_llama):
     case = tiny_case()
-    watch = kfac_lems.Watch(case)
+    watch = kfac_lems.DivergenceWatch(case)
     name = "model.layers.1.mlp.up_proj"
     matrix = torch.zeros_like(tiny_llama.get_submodule(name).weight)
     found = watch.divergence({name: matrix})
@@ -168,11 +294,19 @@ def test_sensitivity_is_the_divergence_of_the_whole_model(tiny_case, tiny_llama)
     changed.get_submodule(name).weight.data.zero_()
     ids = case.windows[:2]
     with torch.no_grad():
-        dense = tiny_llama(ids).logits.log_softmax(-1)
-        other = changed(ids).logits.log_softmax(-1)
+        # at temperature 0.6, without the first quarter of these short windows
+        dense = (tiny_llama(ids).logits[:, 10:] / 0.6).log_softmax(-1)
+        other = (changed(ids).logits[:, 10:] / 0.6).log_softmax(-1)
     wanted = (dense.exp() * (dense - other)).sum(-1).mean()
     assert found == pytest.approx(float(wanted), rel=1e-3)
     assert watch.divergence({name: tiny_llama.get_submodule(name).weight}) < 1e-6
+
+
+def test_the_first_256_positions_are_not_counted(tiny_case):
+    windows = torch.randint(0, 512, (3, 1100), generator=torch.Generator().manual_seed(4))
+    watch = kfac_lems.DivergenceWatch(tiny_case(windows=windows))
+    assert watch.ids.shape == (2, 1024)
+    assert sum(map(len, watch.dense)) == 2 * (1024 - 256)
 
 
 @pytest.mark.parametrize("name", ["svd", "fp16", "rtn_int4"])
