@@ -123,10 +123,12 @@ def dry_run(config: MainConfig) -> str:
     shapes = state.source.specs().values()
     params = sum(spec.nbytes // spec.dtype.itemsize for spec in shapes)
     options, texts = config.convert, config.texts
+    bits = options.bits_per_weight
+    budget = f"--bits_per_weight {bits}" if bits else f"--keep {options.keep}"
     lines = [
         f"model        {state.source.name} ({state.source.format}), {params:,} parameters",
         f"calibration  {calibration_names(config)}, {texts.calib_tokens:,} tokens",
-        f"convert      --format {options.format} --keep {options.keep} --metric {options.metric}",
+        f"convert      --format {options.format} {budget} --metric {options.metric}",
         f"train        --effort {config.train.effort}: {config.train.passes} passes of "
         f"refinement per block, {config.train.healing:,} tokens of healing",
         "evaluation   " + ", ".join(text.name for text in evaluation_texts(config)),

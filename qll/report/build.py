@@ -98,6 +98,8 @@ SCHEMA: dict[Any, Any] = {
     "compression": {
         "keep": NUMBER,
         "keep_requested?": NUMBER,
+        "block_bits_per_weight?": NUMBER,
+        "bits_per_weight_requested?": NUMBER,
         "metric?": str,
         "params_ratio": NUMBER,
         "bytes_ratio": NUMBER,

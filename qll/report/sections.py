@@ -58,7 +58,7 @@ def compression_section(
     return {
         "keep": sum(count for count, _ in linears) / block_params(source),
         "block_bits_per_weight": 8 * sum(size for _, size in linears) / block_params(source),
-        "keep_requested": plan.keep,
+        **asked_for(plan),
         "metric": plan.metric,
         "params_ratio": params / dense_params,
         "bytes_ratio": size / dense_size,
@@ -69,6 +69,13 @@ def compression_section(
         "measured": [asdict(line) for line in plan.measured],
         "per_matrix": [dict(record) for record in made["matrices"]],
     }
+
+
+def asked_for(plan: Plan) -> dict[str, float]:
+    """The budget of the plan: a share of the numbers, or stored bits per weight."""
+    if plan.bits is None:
+        return {"keep_requested": plan.keep}
+    return {"bits_per_weight_requested": plan.bits.per_weight}
 
 
 def saved_sizes(model: Path) -> dict[str, tuple[int, int]]:

@@ -17,7 +17,7 @@ from qll.report.build import check_report
 from qll.report.layout import table
 from qll.report.matrices import CHANNEL, format_counts, kind_order, matrix_rows
 from qll.report.training import training_words
-from qll.report.view import cost_pairs
+from qll.report.view import bits_words, cost_pairs
 
 WIDTH = 100
 WORST = 5
@@ -53,6 +53,7 @@ def text_table(report: Mapping[str, Any], path: Path | None = None) -> str:
 
 def _model(report: Mapping[str, Any]) -> list[str]:
     model, compression = report["model"], report["compression"]
+    bits = bits_words(compression)
     return [
         f"{_safe(model['name'], 50)} ({model['source_format']}): "
         f"{model['n_layers']} blocks, d_model {model['d_model']:,}, "
@@ -61,6 +62,7 @@ def _model(report: Mapping[str, Any]) -> list[str]:
         f"blocks, params_ratio {compression['params_ratio']:.3f}, "
         f"bytes_ratio {compression['bytes_ratio']:.3f} in {compression['dtype']}",
         f"rows {model['row_order']}; formats: {format_counts(compression['per_matrix'])}",
+        *([] if bits is None else [f"block linears stored in {bits}"]),
         *training_words(report),
     ]
 

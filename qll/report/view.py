@@ -131,8 +131,22 @@ def _summary(report: Mapping[str, Any]) -> dict[str, str | None]:
     return {
         "dtype": compression["dtype"],
         "asked": None if asked is None else units.percent(asked),
+        "bits": bits_words(compression),
         **{key: units.percent(compression[key]) for key in keys},
     }
+
+
+def bits_words(compression: Mapping[str, Any]) -> str | None:
+    """What a weight of the block linears takes in the files, where numbers are packed.
+
+    >>> bits_words({"per_matrix": [{"bits": 3}], "block_bits_per_weight": 3.5})
+    '3.50 bits per weight'
+    """
+    if not any(row.get("bits") for row in compression["per_matrix"]):
+        return None
+    asked = compression.get("bits_per_weight_requested")
+    words = f"{compression['block_bits_per_weight']:.2f} bits per weight"
+    return words if asked is None else f"{words} ({asked:g} asked for)"
 
 
 def _facts(report: Mapping[str, Any], pairs: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
