@@ -25,9 +25,9 @@ LABELS = {
     "ours_fast_panels": "**QLL, `--effort fast --singles panels`**",
     "ours_sparse": "QLL, `--format sparse` (pruned entries and a bit mask, no tensor network)",
     "svd": "truncated SVD",
-    "asvd": "ASVD (alpha 0.5, uniform ranks)",
+    "asvd": "ASVD (alpha 0.5, searched ranks)",
     "svd_llm": "SVD-LLM (v1, whitening)",
-    "swift_svd": "Swift-SVD (uniform ranks)",
+    "swift_svd": "Swift-SVD (dynamic ranks)",
     "whitened_interpolative": "SVD-LLM in PIFA storage",
     "whitened_interpolative_shrunk": "SVD-LLM in PIFA storage, `--metric activation` of ours",
     "mpifa": "MPIFA (PIFA and its refit)",
@@ -218,7 +218,9 @@ def introduction(result: dict[str, Any], done: int) -> str:
         f"{done} of {len(all_cells())} cells are there. Targets of QLL on WikiText-2: at most "
         f"{must}. Any cell again: its `command` in `benchmarks/results/quality.json`, such as "
         "`python benchmarks/quality.py --only svd_llm/keep0.8/seed0 --again`. The peers are "
-        "rebuilt from their formulas in `benchmarks/peers`."
+        "rebuilt from their formulas in `benchmarks/peers`; the searches of ASVD, LEMS and "
+        "Swift-SVD measure on fewer tokens than published, as their files say. With uniform ranks "
+        "Swift-SVD is SVD-LLM."
     )
 
 
