@@ -66,7 +66,13 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
         ("weights.format=mpo", "weights.keep=0.5"),
         ("weights.format=lowrank", "weights.keep=0.5"),
     ),
+    "dynamic rank": (
+        ("weights.format=lowrank", "weights.keep=0.5", "weights.rank_groups=8"),
+        ("weights.format=lowrank", "weights.keep=0.5"),
+    ),
     "LoRA while the base trains": (("weights.lora_rank=8",), None),
+    "learned positions": (("positions=learned",), None),
+    "no positions": (("positions=none",), None),
     "short convolution (not quantum-inspired)": (("mixer.conv=4",), None),
 }
 # flags of `lm train` beside the model's settings -> what they switch on

@@ -9,6 +9,7 @@ import itertools
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,13 @@ from qll.bytelm.documents import Document, find_documents, split_documents
 from qll.bytelm.embedding import bigram_counts, start_of
 from qll.bytelm.evaluate import bits_per_byte
 from qll.bytelm.growth import grow
+from qll.bytelm.languages import ids_of, tagged
 from qll.bytelm.loaders import HELD_OUT_NAME, TEXTS_NAME, build_loaders
+from qll.bytelm.mixture import Mixture
 from qll.bytelm.model import ByteModel
 from qll.bytelm.packed import PackedText, sample, total_bytes
+from qll.bytelm.parallel import parallel_lines, parallel_retrieval
+from qll.bytelm.ranks import bond_ranks
 from qll.bytelm.runfiles import RunFiles
 from qll.bytelm.saved import load_lm, save_model
 from qll.bytelm.settings import LMEvalConfig, LMTrainConfig
@@ -43,6 +48,9 @@ UNBINDING = ("out", "device")
 UNBINDING_WATCH = ("log_every", "save_every", "leak_below")
 # windows of --max_samples: an epoch begins anywhere in the first, and windows may shift
 LEAST_SAMPLES = 3
+# what a model may have that its checkpoint has not
+ADDED = ("adapter_", "prefix", "phase.language")
+RANKED = 16  # windows on which adaptive ranks are counted
 
 
 def train(config: LMTrainConfig) -> dict[str, Any]:
@@ -65,6 +73,7 @@ def train(config: LMTrainConfig) -> dict[str, Any]:
     number_of_steps(config, parts)
     _require_windows(parts, model_config.context, config.texts.max_samples)
     _require_memory_read(model_config)
+    _require_tagged(config, model_config)
     torch.manual_seed(config.seed)
     model = started(config, ByteModel(model_config)).to(device)
     require_growth(config, model)
@@ -77,7 +86,8 @@ def train(config: LMTrainConfig) -> dict[str, Any]:
         steps = number_of_steps(config, parts, loader)
         if not files.checkpoint.is_file():
             start_embedding(config, model, parts)
-        trainer = Trainer(config, model, loader, few, steps, precision)
+        mixture = _mixture(config, loader, model_config, device)
+        trainer = Trainer(config, model, loader, few, steps, precision, mixture)
         trainer.restore()
         stopped_by = trainer.run()
         save_model(files.last, trainer.learner.measured)
@@ -95,7 +105,7 @@ def evaluate(config: LMEvalConfig) -> dict[str, Any]:
     """
     device = choose_device(config.device)
     model = load_lm(config.model, device)
-    documents, name = _documents_to_score(config)
+    documents, name = _documents_to_score(config, model.config.stream.languages)
     if config.max_bytes is not None:
         documents = sample(documents, config.max_bytes)
     context = config.context or model.config.context
@@ -114,6 +124,8 @@ def evaluate(config: LMEvalConfig) -> dict[str, Any]:
         "context": found.context,
         "stride": found.stride,
         "precision": str(precision).removeprefix("torch."),
+        **_ranks(model, documents),
+        **_parallel(model, config.parallel),
     }
 
 
@@ -121,8 +133,15 @@ def texts_of(config: LMTrainConfig) -> list[Part]:
     """The parts of the texts of `config`; raises TextError or UsageError."""
     texts = config.texts
     if texts.dataset:
-        return named_parts(texts.dataset, streaming=texts.streaming)
-    return local_parts(config.data, texts.data_weights, texts.pattern, texts.validation)
+        return named_parts(texts.dataset, streaming=texts.streaming, min_quality=texts.min_quality)
+    return local_parts(
+        config.data,
+        texts.data_weights,
+        texts.pattern,
+        texts.validation,
+        config.model_config().stream.languages,
+        texts.min_quality,
+    )
 
 
 def number_of_steps(
@@ -169,7 +188,7 @@ def started(config: LMTrainConfig, model: ByteModel) -> ByteModel:
         missing, extra = model.load_state_dict(base.state_dict(), strict=False)
     except RuntimeError as error:
         raise _other_architecture(config.size.checkpoint, str(error)) from None
-    new = [name for name in missing if "adapter_" not in name and "prefix" not in name]
+    new = [name for name in missing if not any(part in name for part in ADDED)]
     if extra or new:
         raise _other_architecture(config.size.checkpoint, ", ".join([*extra, *new][:5]))
     for name in missing:  # what is new learns, even where the base is frozen
@@ -235,6 +254,17 @@ def _require_memory_read(config: ModelConfig) -> None:
         )
 
 
+def _require_tagged(config: LMTrainConfig, model: ModelConfig) -> None:
+    """Raise UsageError for languages of texts whose documents have no names, or are not packed."""
+    if model.stream.languages and (config.texts.streaming or config.texts.dataset):
+        raise UsageError(
+            "are those of files, which are packed first",
+            where="--languages",
+            found="--streaming" if config.texts.streaming else "--dataset",
+            hint="give the files in --data, without --streaming",
+        )
+
+
 def _claimed_data(
     config: LMTrainConfig, parts: Sequence[Part], device: torch.device
 ) -> tuple[BatchLoader | StreamLoader, PackedText]:
@@ -262,9 +292,22 @@ def _data(
         streaming=config.texts.streaming,
         max_samples=config.texts.max_samples,
         buffer_size=config.texts.buffer_size,
+        compress=config.texts.compress,
         seed=config.seed,
         device=device,
     )
+
+
+def _mixture(
+    config: LMTrainConfig,
+    loader: BatchLoader | StreamLoader,
+    model: ModelConfig,
+    device: torch.device,
+) -> Mixture | None:
+    """What moves the weights of the texts, with --reference."""
+    if config.texts.reference is None:
+        return None
+    return Mixture(loader, load_lm(config.texts.reference, device), model.stream.languages)
 
 
 def _result(
@@ -303,11 +346,14 @@ def _result(
         "stopped_by": stopped_by,
         "texts": store.read_json(RunFiles(config.out).data / TEXTS_NAME)["texts"],
         "stages": [stage.name for stage in config.curriculum()],
+        **({} if trainer.mixture is None else {"weights": trainer.mixture.weights()}),
         **environment(),
     }
 
 
-def _documents_to_score(config: LMEvalConfig) -> tuple[list[np.ndarray], str]:
+def _documents_to_score(
+    config: LMEvalConfig, languages: Sequence[str]
+) -> tuple[list[np.ndarray], str]:
     """The documents of --data, or those that the run held out, and what they are called."""
     if not config.data:
         path = RunFiles(config.model).data / HELD_OUT_NAME
@@ -318,12 +364,31 @@ def _documents_to_score(config: LMEvalConfig) -> tuple[list[np.ndarray], str]:
         return PackedText(path).documents(), "held out by the run"
     found: list[Document] = []
     for path in config.data:
-        documents = find_documents([path], config.pattern)
+        documents = tagged(find_documents([path], config.pattern), languages)
         found += split_documents(documents)[1] if config.split == "held_out" else documents
     if not sum(map(len, found)):
         raise TextError("empty", where=", ".join(map(str, config.data)), hint="give a longer text")
-    arrays = [np.frombuffer(b"".join(item.pieces()), dtype=np.uint8) for item in found]
-    return arrays, ", ".join(path.name for path in config.data)
+    return list(map(ids_of, found)), ", ".join(path.name for path in config.data)
+
+
+def _ranks(model: ByteModel, documents: Sequence[np.ndarray]) -> dict[str, Any]:
+    """Mean and full rank of every linear of adaptive rank, on the first windows of documents."""
+    context = model.config.context
+    ids = np.concatenate(sample(documents, RANKED * context)).astype(np.int64)
+    width = min(context, len(ids))
+    windows = torch.from_numpy(ids[: len(ids) // width * width].reshape(-1, width))
+    found = bond_ranks(model, windows.to(model.embedding.weight.device))
+    if not found:
+        return {}
+    return {"ranks": {item.linear: [item.mean_rank, item.full_rank] for item in found}}
+
+
+def _parallel(model: ByteModel, paths: Sequence[Path]) -> dict[str, Any]:
+    """What --parallel asks for."""
+    if not paths:
+        return {}
+    lines = parallel_lines(*paths, model.config.stream.languages)
+    return {"parallel": asdict(parallel_retrieval(model, *lines))}
 
 
 def _claim(config: LMTrainConfig, parts: Sequence[Part]) -> None:
@@ -340,6 +405,6 @@ def _other_architecture(path: Path, found: str) -> ConfigError:
         "weights of another architecture",
         where=path,
         found=found[:300],
-        hint="leave out sizes and parts: they are those of the checkpoint, to which only adapters "
-        "and global tokens can be added",
+        hint="leave out sizes and parts: they are those of the checkpoint, to which only adapters, "
+        "global tokens and languages can be added",
     )

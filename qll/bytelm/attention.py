@@ -10,7 +10,7 @@ from torch.nn import functional
 from qll.bytelm.config import ModelConfig
 from qll.bytelm.context import Context
 from qll.bytelm.initial import STD
-from qll.bytelm.linears import linear
+from qll.bytelm.linears import linear, through
 from qll.bytelm.rotary import rotate
 from qll.bytelm.state import LayerState
 
@@ -44,7 +44,7 @@ class Attention(nn.Module):
     ) -> tuple[Float[Tensor, "batch seq d_model"], LayerState]:
         """What each position reads, and the state after the last one."""
         batch, seq, d_model = x.shape
-        qkv = self.qkv(x).view(batch, seq, 3, self.n_heads, self.d_head)
+        qkv = through(self.qkv, x, context).view(batch, seq, 3, self.n_heads, self.d_head)
         cos, sin = context.angles
         # both at once, before heads and positions change places: one pass over memory
         turned = rotate(qkv[:, :, :2], (cos[:, None, None], sin[:, None, None]))
@@ -71,7 +71,8 @@ class Attention(nn.Module):
             attn_mask=None if plain else self._mask(seq, past, x.device),
             is_causal=plain,
         )
-        return self.out(read.transpose(1, 2).reshape(batch, seq, d_model)), after
+        read = read.transpose(1, 2).reshape(batch, seq, d_model)
+        return through(self.out, read, context), after
 
     def _mask(self, seq: int, past: int, device: torch.device) -> Bool[Tensor, "seq all"]:
         """Which keys each query sees: the learned ones, and those of its window up to itself."""

@@ -18,9 +18,10 @@ from torch.nn import functional
 from qll.bytelm.config import ModelConfig
 from qll.bytelm.context import Context
 from qll.bytelm.interference import Rates
-from qll.bytelm.linears import linear, norm
+from qll.bytelm.linears import linear, norm, through
 from qll.bytelm.matrix_state import Writes, chunked, recurrent
-from qll.bytelm.rotary import position_angles, rotate
+from qll.bytelm.positions import mixer_angles
+from qll.bytelm.rotary import rotate
 from qll.bytelm.state import LayerState
 
 SMALLEST = 1e-6  # added to the sum of the weights
@@ -87,10 +88,11 @@ class BornAttention(nn.Module):
         """The mean of past values under the Born weights, and the state after the last position."""
         batch, seq, d_model = x.shape
         heads = self.config.n_heads
-        queries, keys = self.qk(x).view(batch, seq, 2, heads, -1).permute(2, 0, 3, 1, 4)
-        values = self.value(x).view(batch, seq, heads, -1).transpose(1, 2)
+        narrow = through(self.qk, x, context).view(batch, seq, 2, heads, -1)
+        queries, keys = narrow.permute(2, 0, 3, 1, 4)
+        values = through(self.value, x, context).view(batch, seq, heads, -1).transpose(1, 2)
         log_decay, _ = self.rates(x)
-        angles = position_angles(context.start, seq, self.width, x.device, state[0].dtype)
+        angles = mixer_angles(self.config, context.start, seq, self.width, x.device, state[0].dtype)
         with torch.autocast(x.device.type, enabled=False):
             wide = state[0].dtype
             queries, keys = (
@@ -104,7 +106,8 @@ class BornAttention(nn.Module):
             sums, after = mix or chunked(writes, state[0], self.config.mixer.chunk)
             context.note("states", after)
             reads = self.norm(sums[..., :-1] / (sums[..., -1:] + SMALLEST))
-        return self.out(reads.transpose(1, 2).reshape(batch, seq, d_model)), (after,)
+        reads = reads.transpose(1, 2).reshape(batch, seq, d_model)
+        return through(self.out, reads, context), (after,)
 
 
 def _weights(diagonal: Bool[Tensor, " features"], like: Tensor) -> Float[Tensor, " features"]:

@@ -22,6 +22,7 @@ from qll.errors import UsageError
 from qll.options import require_positive, require_share
 
 VOCAB = 256  # the model reads and writes bytes
+MOST_LANGUAGES = 255  # 256 times the number of a language, and a byte, fit in 16 bits
 Mixer = Literal["attention", "interference", "delta", "born"]
 Numbers = Literal["complex", "real"]
 
@@ -67,6 +68,8 @@ class StreamConfig:
     """What a gate g does to x in a complex stream: x relu(|g| + b), or modReLU of x |g|."""
     phase: Literal["off", "rotation", "scaling"] = "off"
     """Rotation of channel pairs by an angle of content and position; scaling is its real twin."""
+    languages: tuple[str, ...] = ()
+    """Languages in whose texts every pair turns by an angle of the language too."""
     brickwall: int = 0
     """Layers of two-site gates on the channels at the entrance of each block; 0 for none."""
     gates: Literal["cayley", "exponential", "free"] = "cayley"
@@ -74,6 +77,21 @@ class StreamConfig:
 
     def __post_init__(self) -> None:
         require_positive("stream.brickwall", self.brickwall, least=0)
+        if self.languages and self.phase == "off":
+            raise UsageError(
+                "are angles of the phase rotation",
+                where="stream.languages",
+                found="stream.phase=off",
+                hint="--set stream.phase=rotation",
+            )
+        named = {word for word in self.languages if word and not set(word) & set("./\\")}
+        if not len(named) == len(self.languages) <= MOST_LANGUAGES:
+            raise UsageError(
+                "not names of languages",
+                where="stream.languages",
+                expected=f"at most {MOST_LANGUAGES} different words without . and /",
+                found=" ".join(self.languages),
+            )
         if self.activation == "modrelu" and self.numbers != "complex":
             raise UsageError(
                 "is of complex numbers", where="stream.activation", hint="stream.numbers=complex"
@@ -132,6 +150,9 @@ class WeightConfig:
     """Share of a linear's parameters that its network keeps, in (0, 1]."""
     width_groups: int = 0
     """Groups of feed-forward channels that each position opens a number of; 0: all are open."""
+    rank_groups: int = 0
+    """Groups of a low-rank linear's bond components that each position opens a number of; 0: all
+    are open."""
     lora_rank: int = 0
     """Rank of low-rank adapters on every dense linear of the blocks; 0 for none."""
     lora_alpha: float = 64.0
@@ -142,6 +163,14 @@ class WeightConfig:
     def __post_init__(self) -> None:
         require_share("weights.keep", self.keep)
         require_positive("weights.width_groups", self.width_groups, least=0)
+        require_positive("weights.rank_groups", self.rank_groups, least=0)
+        if self.rank_groups and self.format != "lowrank":
+            raise UsageError(
+                "groups the bond of a low-rank linear",
+                where="weights.rank_groups",
+                expected="weights.format=lowrank",
+                found=self.format,
+            )
         require_positive("weights.lora_rank", self.lora_rank, least=0)
         if not 0 < self.lora_alpha < math.inf:
             raise UsageError("must be positive", where="lora_alpha", found=self.lora_alpha)
@@ -169,6 +198,8 @@ class LossConfig:
     """Weight of the concept layer's own loss, when there is one."""
     width: float = 0.01
     """Weight of the open share of feed-forward channels, when positions choose it."""
+    rank: float = 0.01
+    """Weight of the open share of the linears' bonds, when positions choose it."""
     weighting: Literal["constant", "ramp", "uncertainty"] = "constant"
     """ramp: a weight grows linearly over the first half of the run, counted from the first stage
     that has it; uncertainty: they are learned."""
@@ -199,6 +230,9 @@ class ModelConfig:
     """Share of a block's output that is dropped in training, in [0, 1)."""
     tie: bool = False
     """Use the byte embedding as output head too."""
+    positions: Literal["rotary", "learned", "none"] = "rotary"
+    """Where bytes stand: keys and queries turn; learned: a vector for each of `context` positions,
+    after which they begin again; none: causal order alone."""
     head: Literal["softmax", "born", "sum"] = "softmax"
     """born: a complex amplitude per byte, whose square is its probability; sum, its twin: two
     numbers per byte that are added to its logit."""
@@ -286,7 +320,7 @@ class ModelConfig:
         Traceback (most recent call last):
         ...
         qll.errors.UsageError: d_modle: no such setting (expected one of d_model, n_layers, \
-n_heads, context, d_ff, dropout, tie, head, mixer, stream, memory, concept, weights)
+n_heads, context, d_ff, dropout, tie, positions, head, mixer, stream, memory, concept, weights)
         """
         return _read(cls, value, "model config")
 

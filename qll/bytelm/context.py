@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from jaxtyping import Int
 from torch import Tensor
 
 from qll.bytelm.rotary import Angles
@@ -23,6 +24,8 @@ class Context:
     """Position of the first of them."""
     angles: Angles
     """(cos, sin) of their rotary positions for one head."""
+    languages: Int[Tensor, "batch seq"] | None = None
+    """Number of the language of each, 0 for none; None when the model knows no languages."""
     notes: Notes | None = field(default=None, compare=False)
     """What layers left for the losses, by name; None when nobody listens."""
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from qll.bytelm.documents import Document, check_documents, find_documents, split_documents
+from qll.bytelm.languages import require_every_language, tagged
+from qll.bytelm.quality import quality_of
 from qll.bytelm.registry import HUB, mix_of
 from qll.errors import TextError, UsageError
 
@@ -37,12 +39,15 @@ def local_parts(
     weights: Sequence[float] = (),
     pattern: str = "*",
     validation: Sequence[Path] = (),
+    languages: Sequence[str] = (),
+    min_quality: float = 0.0,
 ) -> list[Part]:
     """A part for each of `paths`, all of which are read once and checked.
 
     Weights are in proportion to the bytes unless given. With `validation` all of `paths` is trained
-    on, and those texts are held out, by the first part. Raises TextError for what is missing, no
-    text, empty or too short.
+    on, and those texts are held out, by the first part. Documents are tagged with `languages`, and
+    of what is trained on those below `min_quality` are left out. Raises TextError for what is
+    missing, no text, empty, too short or of too low a quality, or when a language has no text.
     """
     if weights and len(weights) != len(paths):
         raise UsageError(
@@ -51,17 +56,25 @@ def local_parts(
             expected=f"{len(paths)} positive numbers",
             found=" ".join(map(str, weights)),
         )
-    parts = []
+    parts, every = [], []
     for number, path in enumerate(paths):
-        documents = find_documents([path], pattern)
+        documents = tagged(find_documents([path], pattern), languages)
+        every += documents
         facts = {"name": path.name, **check_documents(documents)}
         if validation:
-            trained, held = documents, find_documents(validation, pattern) if not number else []
+            others = [] if number else tagged(find_documents(validation, pattern), languages)
+            trained, held = documents, others
         else:
             trained, held = split_documents(documents)
+        if min_quality > 0:
+            kept = list(_kept(trained, min_quality))
+            facts["documents_left_out"] = len(trained) - len(kept)
+            _require_kept(kept, path.name, min_quality)
+            trained = kept
         facts["trained_bytes"] = sum(map(len, trained))
         weight = weights[number] if weights else float(max(1, facts["trained_bytes"]))
         parts.append(Part(path.name, weight, _again(trained), _again(held), facts))
+    require_every_language(every, languages)
     if validation:
         check_documents(parts[0].held_out())
     _require_held_out(parts, paths)
@@ -69,10 +82,13 @@ def local_parts(
 
 
 def named_parts(
-    name: str, max_samples_bytes: int | None = None, streaming: bool = False
+    name: str,
+    max_samples_bytes: int | None = None,
+    streaming: bool = False,
+    min_quality: float = 0.0,
 ) -> list[Part]:
     """A part for each data set of `name`; nothing is read yet. Raises UsageError for a name we do
-    not know.
+    not know. Documents below `min_quality` are not trained on.
 
     >>> [(part.name, part.weight) for part in named_parts("multi")]
     [('wikitext2', 0.4), ('tinystories', 0.3), ('openwebtext', 0.3)]
@@ -86,7 +102,7 @@ def named_parts(
             Part(
                 key,
                 weight,
-                lambda text=text: text.training(streaming),
+                lambda text=text: _kept(text.training(streaming), min_quality),
                 lambda text=text: text.held_out(streaming),
                 {**facts, "data_set": text.path},
             )
@@ -118,6 +134,23 @@ def endless(part: Part, first: int = 0) -> Iterator[Document]:
             yield document
         if not found:
             raise TextError("gives no document", where=part.name, hint="give another text")
+
+
+def _kept(documents: Iterable[Document], min_quality: float) -> Iterator[Document]:
+    """The documents of at least this quality; 0 looks at none."""
+    for document in documents:
+        if min_quality <= 0 or quality_of(document) >= min_quality:
+            yield document
+
+
+def _require_kept(documents: Sequence[Document], name: str, min_quality: float) -> None:
+    if not documents:
+        raise TextError(
+            "no document is of this quality",
+            where=name,
+            expected=f"at least {min_quality:g}",
+            hint="give a lower --min_quality; qll/bytelm/quality.py says what is asked for",
+        )
 
 
 def _again(documents: list[Document]) -> Callable[[], Iterable[Document]]:

@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from qll.bytelm.packed import PackedText
+from qll.bytelm.config import VOCAB
+from qll.bytelm.packed import open_text
 from qll.bytelm.permutation import mixed, permuted
 from qll.errors import IntegrityError, TextError, UsageError
 
@@ -38,7 +39,7 @@ class MemoryEfficientByteDataset:
     """
 
     def __init__(self, path: Path, seq_length: int, seed: int = 0) -> None:
-        self.text, self.seq_length, self.seed = PackedText(path), seq_length, seed
+        self.text, self.seq_length, self.seed = open_text(path), seq_length, seed
         self.count = require_windows(path.name, len(self.text), seq_length)
 
     def __len__(self) -> int:
@@ -50,7 +51,7 @@ class MemoryEfficientByteDataset:
         if draw < 0:
             raise IndexError(draw)
         window = torch.from_numpy(self.gather(np.array([draw]))[0].astype(np.int64))
-        return window[:-1], window[1:]
+        return window[:-1], window[1:] % VOCAB
 
     def starts(self, draws: np.ndarray) -> np.ndarray:
         """First byte of each window of `draws` (int64)."""
@@ -65,14 +66,17 @@ class MemoryEfficientByteDataset:
         return self.text.character_starts(found)
 
     def gather(self, draws: np.ndarray) -> np.ndarray:
-        """uint8[len(draws), seq_length + 1]: the windows and the byte after each."""
-        return self.text.gather(self.starts(draws), self.seq_length + 1)
+        """[len(draws), seq_length + 1]: the ids of the windows and of the byte after each.
+
+        uint8, or uint16 when documents are in languages.
+        """
+        return self.text.ids(self.starts(draws), self.seq_length + 1)
 
 
 class BatchLoader:
     """Batches mixed from several texts by weight; `rank` of `world` gets its rows of each.
 
-    `next()` gives int64[batch_size, seq_length] inputs and targets, on `device`; the batch of all
+    `next()` gives int64[batch_size, seq_length] ids and targets, on `device`; the batch of all
     ranks together has world * batch_size rows.
 
     >>> import tempfile; from qll.bytelm.packed import Document, pack
@@ -97,12 +101,17 @@ class BatchLoader:
         sizes = [float(len(dataset)) for dataset in datasets]
         self.shares = shares(sizes if weights is None else weights, len(datasets))
         self.drawn = np.zeros(len(datasets), dtype=np.int64)
-        self.rows = np.empty((batch_size, datasets[0].seq_length + 1), dtype=np.uint8)
+        # what had been drawn when the shares were set, less what was then owed
+        self.base = np.zeros(len(datasets))
+        self.weighed = False
+        self.tagged = any(dataset.text.languages is not None for dataset in datasets)
+        kind = np.int32 if self.tagged else np.uint8
+        self.rows = np.empty((batch_size, datasets[0].seq_length + 1), dtype=kind)
 
     def next(self) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:
         """The next batch; there is always one, in ever new epochs."""
         before, total = self.drawn.copy(), self.world * self.batch_size
-        self.drawn += next_counts(before, total, self.shares)
+        self.drawn += next_counts(before - self.base, total, self.shares)
         mine = range(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
         done = first = 0
         for dataset, start, stop in zip(self.datasets, before, self.drawn, strict=True):
@@ -113,11 +122,21 @@ class BatchLoader:
                 done += len(draws)
             first += stop - start
         rows = torch.from_numpy(self.rows).to(self.device, torch.long)
-        return rows[:, :-1], rows[:, 1:]
+        targets = rows[:, 1:] % VOCAB if self.tagged else rows[:, 1:]
+        return rows[:, :-1], targets
+
+    def weigh(self, weights: Sequence[float]) -> None:
+        """Draw by other weights from now on; what texts are owed by the old ones they still get."""
+        since = self.drawn - self.base
+        self.base = self.drawn + since.sum() * self.shares - since
+        self.shares, self.weighed = shares(weights, len(self.datasets)), True
 
     def state(self) -> dict[str, Any]:
         """Where it is, as JSON."""
-        return {"drawn": self.drawn.tolist()}
+        found = {"drawn": self.drawn.tolist()}
+        if self.weighed:
+            found |= {"shares": self.shares.tolist(), "base": self.base.tolist()}
+        return found
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from `state`; raises IntegrityError when it is of other texts."""
@@ -130,6 +149,9 @@ class BatchLoader:
                 found=str(drawn),
             )
         self.drawn = np.array(drawn, dtype=np.int64)
+        if "shares" in state:
+            self.shares, self.base = np.array(state["shares"]), np.array(state["base"])
+            self.weighed = True
 
 
 def require_windows(name: str, size: int, seq_length: int) -> int:

@@ -30,6 +30,8 @@ class Document:
     start: int = 0
     stop: int | None = None
     """Where it ends in the source; None is at its end."""
+    language: int = 0
+    """Number of its language, 0 for none: qll/bytelm/languages.py."""
 
     def __len__(self) -> int:
         """Bytes of it."""

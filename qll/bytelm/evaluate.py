@@ -60,7 +60,8 @@ def bits_per_byte(
     """Bits that `model` needs per byte of `documents`, read in windows of `context` bytes.
 
     The model maps int64[batch, seq] to logits[batch, seq, 256]. `stride` is half the context unless
-    given. A document may be bytes or an array of uint8 (a memory map stays on disk). Raises
+    given. A document may be bytes or an array of uint8 (a memory map stays on disk), or of uint16
+    with a language beside every byte (qll/bytelm/languages.py). Raises
     TextError without a byte to score, UsageError for a stride outside 1 to `context`, and
     NonFiniteError when the model gives NaN.
 
@@ -72,7 +73,7 @@ def bits_per_byte(
     stride = max(1, context // 2) if stride is None else stride
     if not 1 <= stride <= context:
         raise UsageError("out of range", where="stride", expected=f"1 to {context}", found=stride)
-    texts = [np.frombuffer(document, dtype=np.uint8) for document in documents]
+    texts = list(map(_ids, documents))
     if not any(map(len, texts)):
         raise TextError("no byte to score", where="the documents", hint="give a longer text")
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
@@ -90,6 +91,12 @@ def bits_per_byte(
     model.train(training)
     total = sum(map(len, texts))
     return BitsPerByte(sum(bits) / total, total, len(texts), context, stride, tuple(bits))
+
+
+def _ids(document: bytes | memoryview | np.ndarray) -> np.ndarray:
+    if isinstance(document, np.ndarray):
+        return document
+    return np.frombuffer(document, dtype=np.uint8)
 
 
 def _windows(texts: Sequence[np.ndarray], context: int, stride: int) -> Iterator[Window]:
@@ -113,9 +120,9 @@ def _batch(
     for row, window in enumerate(windows):
         text = texts[window.document]
         piece = text[window.start : window.start + context]
-        targets[row, : len(piece)] = piece
-        if window.start:
-            ids[row, 0] = text[window.start - 1]
+        targets[row, : len(piece)] = piece & 0xFF
+        # the boundary is in the language of what it begins
+        ids[row, 0] = text[window.start - 1] if window.start else BOUNDARY + (int(text[0]) & ~0xFF)
         ids[row, 1 : len(piece)] = piece[:-1]
     return torch.from_numpy(ids), torch.from_numpy(targets)
 

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from qll.bytelm.config import ModelConfig
+from qll.bytelm.config import VOCAB, ModelConfig
 from qll.bytelm.evaluate import BOUNDARY
 from qll.bytelm.model import ByteModel
 from qll.bytelm.samplers import draw, shape_logits
@@ -36,12 +36,13 @@ def generate(
     *,
     seed: int = 0,
     slide: bool = False,
+    language: int = 0,
 ) -> Iterator[str]:
     """Pieces of text that continue `prompt`, each as soon as it is whole characters.
 
-    `max_new_tokens` counts bytes. Closing the iterator stops the model. Raises UsageError for a
-    prompt longer than the model's window (unless `slide`) or not encodable, and NonFiniteError when
-    the model gives NaN.
+    `max_new_tokens` counts bytes; `language` is the number of the text's, 0 for none. Closing the
+    iterator stops the model. Raises UsageError for a prompt longer than the model's window (unless
+    `slide`) or not encodable, and NonFiniteError when the model gives NaN.
 
     >>> from qll.bytelm.config import ModelConfig
     >>> model = ByteModel(ModelConfig(d_model=32, n_layers=1, context=8)).eval()
@@ -50,8 +51,9 @@ def generate(
     True
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
+    start = encode_prompt(prompt)
     for byte in generate_bytes(
-        model, encode_prompt(prompt), max_new_tokens, options, seed=seed, slide=slide
+        model, start, max_new_tokens, options, seed=seed, slide=slide, language=language
     ):
         if piece := decoder.decode(bytes([byte])):
             yield piece
@@ -65,9 +67,10 @@ def generate_bytes(
     *,
     seed: int = 0,
     slide: bool = False,
+    language: int = 0,
 ) -> Iterator[int]:
     """The bytes of one continuation as they are chosen; see `generate`."""
-    for chosen in _rounds(model, prompt, max_new_tokens, options, (seed,), slide):
+    for chosen in _rounds(model, prompt, max_new_tokens, options, (seed,), slide, language):
         if chosen[0] is not None:
             yield chosen[0]
 
@@ -80,6 +83,7 @@ def candidates(
     *,
     seeds: Sequence[int],
     slide: bool = False,
+    language: int = 0,
 ) -> list[bytes]:
     """One continuation per seed, made side by side; each is what its seed alone would give.
 
@@ -89,7 +93,7 @@ def candidates(
     [True, True]
     """
     texts = [bytearray() for _ in seeds]
-    for chosen in _rounds(model, prompt, max_new_tokens, options, tuple(seeds), slide):
+    for chosen in _rounds(model, prompt, max_new_tokens, options, tuple(seeds), slide, language):
         for text, byte in zip(texts, chosen, strict=True):
             if byte is not None:
                 text.append(byte)
@@ -140,6 +144,7 @@ def _rounds(
     options: SamplingOptions | None,
     seeds: tuple[int, ...],
     slide: bool,
+    language: int,
 ) -> Iterator[list[int | None]]:
     """One byte per continuation and round; None where one has ended."""
     if max_new_tokens < 1:
@@ -151,9 +156,9 @@ def _rounds(
     writers = [
         _Writer(bytearray(prompt), utf8, torch.Generator().manual_seed(seed)) for seed in seeds
     ]
-    state = model.initial_state(len(seeds), device)
+    state, tag = model.initial_state(len(seeds), device), VOCAB * language
     for piece in pieces:
-        logits, state = model.step(piece.to(device).expand(len(seeds), -1), state)
+        logits, state = model.step((piece + tag).to(device).expand(len(seeds), -1), state)
     for left in range(max_new_tokens, 0, -1):
         last = logits[:, -1].float().cpu()
         if not torch.isfinite(last).all():
@@ -167,7 +172,7 @@ def _rounds(
             return
         # one that has ended reads on what is not used
         step = torch.tensor([[BOUNDARY if byte is None else byte] for byte in chosen])
-        logits, state = model.step(step.to(device), state)
+        logits, state = model.step((step + tag).to(device), state)
 
 
 def _prompt_pieces(prompt: bytes, config: ModelConfig, slide: bool) -> list[Int[Tensor, "1 seq"]]:

@@ -49,6 +49,8 @@ def grow(
         "embedding.weight": model.embedding.weight @ widen.isometry.T,
         "head.weight": widen.reader(model.head.weight, model.norm.gain),
     }
+    if model.positions is not None:
+        tensors["positions.weight"] = model.positions.weight @ widen.isometry.T
     for layer, block in enumerate(grown.blocks):
         place = f"blocks.{layer}"
         if layer < before.n_layers:

@@ -24,7 +24,7 @@ from torch.nn import functional
 from qll.bytelm.complex_numbers import modulus, times_i
 from qll.bytelm.config import ModelConfig
 from qll.bytelm.context import Context
-from qll.bytelm.linears import gate, linear, norm
+from qll.bytelm.linears import gate, linear, norm, through
 from qll.bytelm.matrix_state import MatrixState, Writes, chunked, recurrent
 from qll.bytelm.rotary import rotate
 from qll.bytelm.state import LayerState
@@ -74,7 +74,7 @@ class Interference(nn.Module):
         """What each position reads, and the state after the last one."""
         batch, seq, d_model = x.shape
         heads = self.config.n_heads
-        parts = self.qkvg(x).view(batch, seq, 4, heads, -1)
+        parts = through(self.qkvg, x, context).view(batch, seq, 4, heads, -1)
         gates = parts[:, :, 3].reshape(batch, seq, d_model)
         queries, keys, values = parts[:, :, :3].permute(2, 0, 3, 1, 4)
         log_decay, rate = self.rates(x)
@@ -86,7 +86,7 @@ class Interference(nn.Module):
             context.note("states", after)
             reads = self.norm(self._superpose(reads))
         reads = reads.transpose(1, 2).reshape(batch, seq, d_model)
-        return self.out(self.gate(gates, reads)), (after,)
+        return through(self.out, self.gate(gates, reads), context), (after,)
 
     def _writes(
         self, queries: Tensor, keys: Tensor, values: Tensor, log_decay: Tensor, rate: Tensor | None

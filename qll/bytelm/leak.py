@@ -62,7 +62,7 @@ def require_plausible(
     if bits >= least:
         return
     require_causal(model, context)
-    text = b"".join(bytes(document) for document in held_out)
+    text = b"".join(document.astype(np.uint8).tobytes() for document in held_out)
     packed = 8 * len(bz2.compress(text)) / max(1, len(text))
     raise LeakError(
         "suspected leak: validation is better than a model of this size can be",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from qll.bytelm.adapter import AdaptedLinear
+from qll.bytelm.adaptive_rank import AdaptiveRank
 from qll.bytelm.complex_numbers import (
     ComplexLinear,
     ComplexRMSNorm,
@@ -15,6 +17,7 @@ from qll.bytelm.complex_numbers import (
     SiluGate,
 )
 from qll.bytelm.config import ModelConfig
+from qll.bytelm.context import Context
 from qll.bytelm.norm import RMSNorm
 from qll.model.layers import TNLinear
 from qll.tn import NETWORKS, default_modes, tensor_shapes
@@ -34,12 +37,26 @@ def linear(config: ModelConfig, into: int, out: int) -> nn.Module:
     weights, complex_stream = config.weights, config.stream.numbers == "complex"
     if weights.format != "dense":
         # a network of a complex stream holds the real matrix: it is not phase equivariant
-        return TNLinear(network_spec(weights.format, into, out, weights.keep))
+        spec = network_spec(weights.format, into, out, weights.keep)
+        return AdaptiveRank(spec, config) if weights.rank_groups else TNLinear(spec)
     if complex_stream:
         return ComplexLinear(into, out)
     if weights.lora_rank:
         return AdaptedLinear(into, out, weights.lora_rank, weights.lora_alpha)
     return nn.Linear(into, out, bias=False)
+
+
+def through(
+    layer: nn.Module, x: Float[Tensor, "batch seq into"], context: Context
+) -> Float[Tensor, "batch seq out"]:
+    """What `layer`, made by `linear`, gives for `x`; one of adaptive rank leaves notes.
+
+    >>> import torch
+    >>> nowhere = Context(0, (torch.ones(1, 1), torch.zeros(1, 1)))
+    >>> through(linear(ModelConfig(), 8, 6), torch.ones(1, 2, 8), nowhere).shape
+    torch.Size([1, 2, 6])
+    """
+    return layer(x, context) if isinstance(layer, AdaptiveRank) else layer(x)
 
 
 def norm(config: ModelConfig, width: int) -> nn.Module:

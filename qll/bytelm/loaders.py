@@ -17,9 +17,10 @@ from typing import Any
 import torch
 
 from qll import store
+from qll.bytelm.compressed import is_compressed
 from qll.bytelm.corpus import Part, held_out_documents, named_parts
 from qll.bytelm.dataset import BatchLoader, MemoryEfficientByteDataset
-from qll.bytelm.packed import PackedText, pack
+from qll.bytelm.packed import PackedText, open_text, pack
 from qll.bytelm.streaming import ScalableStreamingDataset, StreamLoader, parts_of
 from qll.errors import TextError
 
@@ -36,6 +37,7 @@ def build_loaders(
     streaming: bool = False,
     max_samples: int | None = None,
     buffer_size: int = 10_000,
+    compress: bool = False,
     seed: int = 0,
     rank: int = 0,
     world: int = 1,
@@ -45,12 +47,12 @@ def build_loaders(
 
     `texts` is the name of a data set or mix ("single", "multi", "large"), or a list of dicts as
     ScalableStreamingDataset takes, or of parts. Texts are packed once into `folder` unless
-    `streaming`; of each, `max_samples` windows' worth at most are trained on. Raises TextError for
-    texts that are missing, too short or cannot be reached.
+    `streaming`, compressed where `compress` says so; of each, `max_samples` windows' worth at most
+    are trained on. Raises TextError for texts that are missing, too short or cannot be reached.
     """
     parts = _parts(texts, streaming)
     limit = None if max_samples is None else max_samples * seq_length
-    packed = pack_parts(parts, folder, limit, streaming)
+    packed = pack_parts(parts, folder, limit, streaming, compress)
     held_out = PackedText(folder / HELD_OUT_NAME)
     if streaming:
         stream = ScalableStreamingDataset(
@@ -72,10 +74,15 @@ def build_loaders(
 
 
 def pack_parts(
-    parts: Sequence[Part], folder: Path, limit: int | None, streaming: bool
+    parts: Sequence[Part],
+    folder: Path,
+    limit: int | None,
+    streaming: bool,
+    compress: bool = False,
 ) -> list[Path]:
     """Pack what is trained on (unless streaming) and what is held out; returns the former's files.
 
+    `compress` keeps what is trained on in compressed shards (qll/bytelm/compressed.py).
     A folder that was completed before is only used.
     """
     paths = [] if streaming else [folder / f"{i}.bytes" for i in range(len(parts))]
@@ -83,20 +90,23 @@ def pack_parts(
         return paths
     store.make_folder(folder)
     for part, path in zip(parts, paths, strict=False):
-        pack(part.training(), path, limit)
+        pack(part.training(), path, limit, compress)
     pack(held_out_documents(parts, HELD_OUT_BYTES), folder / HELD_OUT_NAME)
     if (folder / HELD_OUT_NAME).stat().st_size <= 2:
         raise TextError(
             "nothing is held out for validation", where=", ".join(p.name for p in parts)
         )
-    sizes = [path.stat().st_size for path in paths]
-    facts = [
-        {**part.facts, "packed_bytes": size}
-        for part, size in zip(parts, sizes or [None] * len(parts), strict=True)
-    ]
+    sizes = [{"packed_bytes": len(open_text(path)), **_stored(path)} for path in paths]
+    sizes = sizes or [{"packed_bytes": None}] * len(parts)
+    facts = [{**part.facts, **size} for part, size in zip(parts, sizes, strict=True)]
     held_out = {"bytes": (folder / HELD_OUT_NAME).stat().st_size}
     store.write_json(folder / TEXTS_NAME, {"texts": facts, "held_out": held_out})
     return paths
+
+
+def _stored(path: Path) -> dict[str, int]:
+    """Bytes on disk, where they are fewer than those of the text."""
+    return {"stored_bytes": path.stat().st_size} if is_compressed(path) else {}
 
 
 def _parts(texts: str | Sequence[Any], streaming: bool) -> list[Part]:

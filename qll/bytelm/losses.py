@@ -24,7 +24,7 @@ from qll.bytelm.state import State
 
 RAMP = 0.5  # share of what is left, when a loss is first on, over which its weight grows
 REPEATED = 4  # bytes that must be the same before, for their successor to be a repetition
-FROM_NOTES = ("codebook", "width")  # terms that layers compute themselves
+FROM_NOTES = ("codebook", "width", "rank")  # terms that layers compute themselves
 
 
 class Objective(nn.Module):
@@ -81,7 +81,7 @@ class Objective(nn.Module):
         if name in FROM_NOTES:
             return torch.stack(notes[name]).mean() if name in notes else None
         if name == "unlikelihood":
-            return unlikelihood(logits, ids, targets)
+            return unlikelihood(logits, ids % VOCAB, targets)
         stream = torch.cat(notes["stream"], dim=1)
         if name == "entanglement":
             return entanglement_energy(stream)

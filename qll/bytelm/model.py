@@ -1,11 +1,16 @@
 """The byte model: bytes -> vectors -> blocks -> logits of the next byte.
 
+An id is a byte, or a byte and its language where the model knows languages: see
+qll/bytelm/languages.py.
+
 `forward` reads whole sequences at once, which is how it learns; `step` goes on from a state, which
 is how it writes and how it carries what it read from one segment to the next. Both compute the
 same function.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int
@@ -19,8 +24,8 @@ from qll.bytelm.config import VOCAB, ModelConfig
 from qll.bytelm.context import Context, Notes
 from qll.bytelm.initial import initialise
 from qll.bytelm.linears import norm
+from qll.bytelm.positions import LearnedPositions, mixer_angles
 from qll.bytelm.recurrent_memory import RecurrentMemory
-from qll.bytelm.rotary import position_angles
 from qll.bytelm.state import LayerState, State
 
 
@@ -36,6 +41,7 @@ class ByteModel(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(VOCAB, config.d_model)
+        self.positions = LearnedPositions(config) if config.positions == "learned" else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.concept = Concept(config) if config.concept.kind != "off" else None
         self.memory = RecurrentMemory(config) if config.memory.memory_tokens else None
@@ -52,11 +58,13 @@ class ByteModel(nn.Module):
         return self.step(ids, self.initial_state(len(ids), ids.device))[0]
 
     def initial_state(self, batch: int, device: torch.device | str | None = None) -> State:
-        """The state before the first byte."""
+        """The state before the first byte; in training, learned positions begin anywhere."""
         weight = self.embedding.weight
         like = weight.new_zeros(batch, self.config.d_model, device=device or weight.device)
         layers = tuple(block.initial_state(like) for block in self.blocks)
-        return State(0, layers, None if self.memory is None else self.memory.initial(like))
+        memory = None if self.memory is None else self.memory.initial(like)
+        shifted = self.positions is not None and self.training
+        return State(0, layers, memory, self.positions.random_start() if shifted else 0)
 
     def step(
         self, ids: Int[Tensor, "batch seq"], state: State, notes: Notes | None = None
@@ -74,7 +82,8 @@ class ByteModel(nn.Module):
         """
         streams = []
         for piece in self.pieces(ids, state.position):
-            x, state = self._read(self.embedding(piece), state, notes)
+            piece, languages = self._split(piece)
+            x, state = self._read(self._embedded(piece, state), state, notes, languages)
             streams.append(x)
         stream = streams[0] if len(streams) == 1 else torch.cat(streams, dim=1)
         if notes is not None:
@@ -92,25 +101,46 @@ class ByteModel(nn.Module):
         first, every = self.memory.until_write(position), self.memory.segment
         return list(ids.tensor_split(tuple(range(first, ids.shape[1], every)), dim=1))
 
-    def _read(self, x: Tensor, state: State, notes: Notes | None) -> tuple[Tensor, State]:
+    def _split(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Bytes, and the numbers of their languages where the model knows any."""
+        if not self.config.stream.languages:
+            return ids, None
+        return ids % VOCAB, ids // VOCAB
+
+    def _embedded(self, ids: Tensor, state: State) -> Tensor:
+        """The stream before the first block."""
+        x = self.embedding(ids)
+        if self.positions is None:
+            return x
+        return x + self.positions(state.shift + state.position, ids.shape[1])
+
+    def _read(
+        self, x: Tensor, state: State, notes: Notes | None, languages: Tensor | None
+    ) -> tuple[Tensor, State]:
         """The stream of the next bytes, and the state after them (and after a write to memory)."""
         end, memory = state.position + x.shape[1], state.memory
         if self.memory is None:
-            x, layers = self._blocks(x, state.layers, state.position, notes)
-            return x, State(end, layers)
+            x, layers = self._blocks(x, state.layers, state.position, notes, languages)
+            return x, replace(state, position=end, layers=layers)
         start = state.position + self.memory.places_before(state.position)
-        stream, layers = self._blocks(x, state.layers, start, notes)
+        stream, layers = self._blocks(x, state.layers, start, notes, languages)
         if end % self.memory.segment == 0:
-            written, layers = self._blocks(memory, layers, start + x.shape[1], notes)
+            written, layers = self._blocks(memory, layers, start + x.shape[1], notes, None)
             memory = self.memory.update(memory, written)
-        return stream, State(end, layers, memory)
+        return stream, replace(state, position=end, layers=layers, memory=memory)
 
     def _blocks(
-        self, x: Tensor, layers: tuple[LayerState, ...], start: int, notes: Notes | None
+        self,
+        x: Tensor,
+        layers: tuple[LayerState, ...],
+        start: int,
+        notes: Notes | None,
+        languages: Tensor | None,
     ) -> tuple[Tensor, tuple[LayerState, ...]]:
         """The stream after all blocks, from place `start` on, and the blocks' states."""
-        angles = position_angles(start, x.shape[1], self.config.d_head, x.device, x.dtype)
-        context, after = Context(start, angles, notes), []
+        width = self.config.d_head
+        angles = mixer_angles(self.config, start, x.shape[1], width, x.device, x.dtype)
+        context, after = Context(start, angles, languages, notes), []
         for index, (block, layer) in enumerate(zip(self.blocks, layers, strict=True)):
             x, layer = block(x, layer, context)
             after.append(layer)

@@ -7,15 +7,18 @@ then: resident memory does not grow with the corpus.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from qll import store
+from qll.bytelm.compressed import CompressedText, compressed, is_compressed
 from qll.bytelm.documents import Document
 from qll.bytelm.evaluate import BOUNDARY
+from qll.bytelm.languages import Spans, with_language
+from qll.bytelm.stored_text import StoredText
 from qll.errors import IntegrityError, TextError
 
 RELEASE_EVERY = 256  # gathers between two returns of pages to the system
@@ -23,39 +26,58 @@ SCAN = 16 << 20  # bytes searched for boundaries at once
 MOST_SAMPLED = 16  # documents
 
 
-def pack(documents: Iterable[Document], path: Path, limit: int | None = None) -> Path:
+def pack(
+    documents: Iterable[Document], path: Path, limit: int | None = None, compress: bool = False
+) -> Path:
     """Write the texts of `documents` to `path`, atomically, `limit` bytes at most.
 
-    A cut by the limit may end in the middle of a document, but not of a character. Raises TextError
-    for what is no text and DiskFullError.
+    A cut by the limit may end in the middle of a document, but not of a character. Languages of
+    documents are written beside it (qll/bytelm/languages.py); `compress` writes shards
+    (qll/bytelm/compressed.py). Raises TextError for what is no text and DiskFullError.
 
     >>> import tempfile; path = Path(tempfile.mkdtemp()) / "packed"
     >>> pack([Document("a", b"one"), Document("b", b"two")], path).read_bytes()
     b'\\x00one\\x00two\\x00'
     """
-    store.write_pieces(path, _packed(documents, limit))
+    starts: list[int] = []
+    numbers: list[int] = []
+
+    def note(start: int, document: Document) -> None:
+        starts.append(start)
+        numbers.append(document.language)
+
+    pieces = _packed(documents, limit, note)
+    store.write_pieces(path, compressed(pieces) if compress else pieces)
+    if any(numbers):
+        Spans(np.array(starts, dtype=np.int64), np.array(numbers, dtype=np.uint16)).write(path)
     return path
 
 
-def _packed(documents: Iterable[Document], limit: int | None) -> Iterator[bytes]:
-    left = float("inf") if limit is None else limit
+def _packed(
+    documents: Iterable[Document], limit: int | None, note: Callable[[int, Document], None]
+) -> Iterator[bytes]:
+    """The bytes of the packed file; `note` is told where each document begins."""
+    left, written = float("inf") if limit is None else limit, 0
     for document in documents:
         if left <= 0:
             break
+        note(written, document)
+        written += 1
         yield bytes([BOUNDARY])
         for piece in document.pieces():
             part = piece if len(piece) <= left else piece[: int(left)]
             if len(part) < len(piece):
                 part = part.decode("utf-8", "ignore").encode()
             yield part
+            written += len(part)
             left -= len(piece)
             if left <= 0:
                 break
     yield bytes([BOUNDARY])
 
 
-class PackedText:
-    """A packed file, read at random places.
+class PackedText(StoredText):
+    """A packed file that is mapped into memory.
 
     >>> import tempfile; path = Path(tempfile.mkdtemp()) / "packed"
     >>> text = PackedText(pack([Document("a", b"one"), Document("b", b"two")], path))
@@ -66,7 +88,8 @@ class PackedText:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.gathers = path, 0
+        super().__init__(path)
+        self.gathers = 0
         try:
             with open(path, "rb") as file:
                 self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -98,18 +121,20 @@ class PackedText:
         if hasattr(self.map, "madvise") and hasattr(mmap, "MADV_DONTNEED"):
             self.map.madvise(mmap.MADV_DONTNEED)
 
-    def character_starts(self, starts: np.ndarray) -> np.ndarray:
-        """Each of `starts`, moved forward to the beginning of a UTF-8 character (0 to 3 bytes)."""
-        following = self.gather(starts, 4)
-        return starts + ((following & 0xC0) != 0x80).argmax(axis=1)
-
     def documents(self) -> list[np.ndarray]:
-        """Views of the documents without their boundaries; raises TextError when there is none."""
+        """The documents without their boundaries: views, or ids where they are in languages.
+
+        Raises TextError when there is none.
+        """
         edges = self._boundaries()
         spans = [(a + 1, b) for a, b in pairwise(edges) if b > a + 1]
         if not spans:
             raise TextError("no document", where=self.path, hint="give a longer text")
-        return [self.bytes[start:stop] for start, stop in spans]
+        views = [self.bytes[start:stop] for start, stop in spans]
+        if self.languages is None:
+            return views
+        numbers = self.languages.at(np.array([start for start, _ in spans])).tolist()
+        return list(map(with_language, views, numbers))
 
     def _boundaries(self) -> list[int]:
         found: list[int] = []
@@ -117,6 +142,11 @@ class PackedText:
             found += (np.flatnonzero(self.bytes[start : start + SCAN] == BOUNDARY) + start).tolist()
         self.release()
         return found
+
+
+def open_text(path: Path) -> StoredText:
+    """The packed text in a file, compressed or not; raises IntegrityError when it is damaged."""
+    return CompressedText(path) if is_compressed(path) else PackedText(path)
 
 
 def sample(documents: Sequence[np.ndarray], limit: int) -> list[np.ndarray]:

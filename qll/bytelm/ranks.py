@@ -1,6 +1,7 @@
-"""How many directions of a memory are in use: the effective rank of a model's states.
+"""How many directions are in use: of a model's memories, and of linears of adaptive rank.
 
-exp of the entropy of the normalised singular values (Roy and Vetterli 2007, "The effective rank").
+The effective rank of a state is exp of the entropy of its normalised singular values (Roy and
+Vetterli 2007, "The effective rank"); the rank of a linear is what positions open of its bond.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import torch
 from jaxtyping import Float, Inexact, Int
 from torch import Tensor
 
+from qll.bytelm.adaptive_rank import AdaptiveRank
 from qll.bytelm.model import ByteModel
 
 
@@ -63,6 +65,45 @@ def state_ranks(model: ByteModel, ids: Int[Tensor, "batch seq"]) -> list[StateRa
                 full = min(matrix.shape[-2:])
                 found.append(StateRank(block, index, tuple(tensor.shape[1:]), rank, full))
     return found
+
+
+@dataclass(frozen=True)
+class BondRank:
+    """The bond of one linear of adaptive rank."""
+
+    linear: str
+    mean_rank: float
+    """Components that a position leaves open, on average."""
+    full_rank: int
+    """What it could be."""
+
+
+@torch.inference_mode()
+def bond_ranks(model: ByteModel, ids: Int[Tensor, "batch seq"]) -> list[BondRank]:
+    """The mean rank of every linear of adaptive rank when the model reads `ids`; none without.
+
+    >>> from qll.bytelm.config import ModelConfig, WeightConfig
+    >>> weights = WeightConfig(format="lowrank", keep=0.5, rank_groups=4)
+    >>> model = ByteModel(ModelConfig(d_model=32, n_layers=1, n_heads=2, weights=weights)).eval()
+    >>> found = bond_ranks(model, torch.arange(6)[None])
+    >>> found[1].linear, found[1].full_rank, found[1].mean_rank
+    ('blocks.0.mixer.out', 8, 8.0)
+    """
+    linears = {name: item for name, item in model.named_modules() if isinstance(item, AdaptiveRank)}
+    seen: dict[str, list[Tensor]] = {name: [] for name in linears}
+    hooks = [
+        item.register_forward_pre_hook(
+            lambda item, inputs, name=name: seen[name].append(item.ranks(inputs[0]).flatten())
+        )
+        for name, item in linears.items()
+    ]
+    try:
+        model(ids)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    means = {name: float(torch.cat(ranks).double().mean()) for name, ranks in seen.items()}
+    return [BondRank(name, means[name], item.rank) for name, item in linears.items()]
 
 
 def _complex(tensor: Tensor) -> Tensor:

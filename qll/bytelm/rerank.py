@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from qll.bytelm.config import VOCAB
 from qll.bytelm.evaluate import BOUNDARY
 from qll.bytelm.model import ByteModel
 from qll.bytelm.repetition import rep_n
@@ -42,16 +43,19 @@ def rerank(
     texts: Sequence[bytes],
     coherence: float = COHERENCE,
     repetition: float = REPETITION,
+    language: int = 0,
 ) -> list[Ranked]:
     """`texts` from the best to the worst continuation of `prompt`; empty ones come last.
+
+    language: the number of theirs, 0 for none.
 
     >>> from qll.bytelm.config import ModelConfig
     >>> model = ByteModel(ModelConfig(d_model=32, n_layers=1, context=8)).eval()
     >>> [len(ranked.text) for ranked in rerank(model, b"ab", [b"", b"abcdefgh" * 4])]
     [32, 0]
     """
-    after = log_probabilities(model, prompt, texts)
-    alone = log_probabilities(model, b"", texts)
+    after = log_probabilities(model, prompt, texts, language)
+    alone = log_probabilities(model, b"", texts, language)
     ranked = []
     for text, given, prior in zip(texts, after, alone, strict=True):
         size = max(1, len(text))
@@ -63,8 +67,12 @@ def rerank(
 
 
 @torch.inference_mode()
-def log_probabilities(model: ByteModel, prompt: bytes, texts: Sequence[bytes]) -> list[float]:
+def log_probabilities(
+    model: ByteModel, prompt: bytes, texts: Sequence[bytes], language: int = 0
+) -> list[float]:
     """log p(text | prompt) of each text, in nats; the prompt starts a document.
+
+    language: the number of theirs, 0 for none.
 
     >>> from qll.bytelm.config import ModelConfig
     >>> model = ByteModel(ModelConfig(d_model=32, n_layers=1, context=8)).eval()
@@ -75,14 +83,15 @@ def log_probabilities(model: ByteModel, prompt: bytes, texts: Sequence[bytes]) -
     longest = max(map(len, texts), default=0)
     if longest == 0:
         return [0.0] * len(texts)
-    start = torch.tensor([[BOUNDARY, *prompt]], device=device)
+    tag = VOCAB * language
+    start = torch.tensor([[BOUNDARY, *prompt]], device=device) + tag
     first, state = model.step(start, model.initial_state(1, device))
     # the prompt is read once: its state is shared by all texts
     state = state.map(lambda tensor: tensor.expand(len(texts), *tensor.shape[1:]))
     ids = torch.tensor([[*text, *[BOUNDARY] * (longest - len(text))] for text in texts])
     logits = first[:, -1:].expand(len(texts), -1, -1)
     if longest > 1:
-        later, _ = model.step(ids[:, :-1].to(device), state)
+        later, _ = model.step(ids[:, :-1].to(device) + tag, state)
         logits = torch.cat((logits, later), dim=1)
     log_probs = logits.float().log_softmax(-1).cpu().gather(-1, ids[..., None])[..., 0]
     return [

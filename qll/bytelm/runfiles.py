@@ -14,9 +14,9 @@
 A line of metrics.jsonl with "kind": "train" has: step, bytes (trained on so far), loss (nats per
 byte, cross-entropy alone), bits_per_byte, learning_rate, gradient_norm, tokens_per_second (bytes
 per second since the line before), seconds (of training, over all attempts), eta_seconds (null when
-unknown), rss_bytes, device_bytes (0 on a CPU), stage (name of the curriculum's stage), and one
-"loss_<name>" per auxiliary loss. With "kind": "validation": step, bytes, seconds, stage,
-bits_per_byte, best_bits_per_byte, best_step.
+unknown), rss_bytes, device_bytes (0 on a CPU), stage (name of the curriculum's stage), weights (of
+the texts, when they move), and one "loss_<name>" per auxiliary loss. With "kind": "validation":
+step, bytes, seconds, stage, bits_per_byte, best_bits_per_byte, best_step.
 
 heartbeat.json has: state ("training", "validating", "complete", "stopped", "failed"), process,
 host, time (seconds since 1970), step, steps (null when only a time limit is known), seconds,
@@ -25,7 +25,7 @@ max_seconds (null without), share (of the run, 0 to 1).
 training.json has: settings, model (its config), parameters, steps, bytes, seconds,
 tokens_per_second, best {bits_per_byte, step, bytes, seconds}, held_out {bits_per_byte, bytes,
 documents, context, stride}, stopped_by ("steps", "seconds", "patience"), texts (name, sha256,
-bytes, documents of each), stages, and the environment.
+bytes, documents of each), stages, weights {last, average} (when they move), and the environment.
 """
 
 from __future__ import annotations

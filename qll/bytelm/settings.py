@@ -69,6 +69,14 @@ class TextSettings:
     """Windows' worth of each text to train on at most."""
     buffer_size: int = 10_000
     """Windows in the shuffle buffer of --streaming."""
+    min_quality: float = 0.0
+    """Train on documents that obey at least this share of eight rules of prose (see
+    qll/bytelm/quality.py), from 0 (all) to 1."""
+    compress: bool = False
+    """Keep packed texts in compressed shards on disk, which are read at random places."""
+    reference: Path | None = None
+    """Run on the same texts with fixed weights: the weights of the texts then follow what is left
+    to learn of each, which is what this model needs more bits for than that one (DoReMi)."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +112,9 @@ class SizeSettings:
     """Scale of the adapters, divided by their rank (default 64)."""
     lora_train_only: bool = False
     """Train the adapters alone."""
+    languages: tuple[str, ...] = ()
+    """Languages of --data, for instance en de: of files name.en.txt or in folders en/. The phase
+    rotation, which must be on, then turns by an angle of each (--set stream.phase=rotation)."""
 
 
 @dataclass(frozen=True)
@@ -200,6 +211,20 @@ class LMTrainConfig:
                 hint="--data FILE_OR_FOLDER, or --dataset wikitext2",
             )
         _check_numbers(self)
+        if self.texts.streaming and (self.texts.compress or self.texts.reference is not None):
+            raise UsageError(
+                "is for texts that are packed",
+                where="--compress" if self.texts.compress else "--reference",
+                found="--streaming",
+                hint="leave one of the two out",
+            )
+        if not 0 <= self.texts.min_quality <= 1:
+            raise UsageError(
+                "out of range",
+                where="--min_quality",
+                expected="0 to 1",
+                found=self.texts.min_quality,
+            )
         if self.size.checkpoint is not None and self.size.embedding != "normal":
             raise UsageError(
                 "the checkpoint has an embedding already", where="--embedding", hint="leave it out"
@@ -241,8 +266,8 @@ class LMTrainConfig:
             value = ModelConfig().to_dict()
         for name, place in _PLACES.items():
             given = getattr(size, name)
-            if given is not None and given is not False:
-                _put(value, place, given)
+            if given is not None and given is not False and given != ():
+                _put(value, place, list(given) if isinstance(given, tuple) else given)
         first = self.curriculum()[0].d_model
         if first is not None and first != value["d_model"]:
             _put(value, "n_heads", max(1, value["n_heads"] * first // value["d_model"]))
@@ -277,12 +302,17 @@ class LMEvalConfig:
     """Bytes that a window moves; default: half the context."""
     max_bytes: int | None = None
     """Bytes to score at most, taken evenly from the documents; default: all."""
+    parallel: tuple[Path, ...] = ()
+    """Two texts of as many lines, each line a translation of that of the other: how often the state
+    of a line is nearest to that of its translation, beside chance and its bytes' histogram."""
     precision: Literal["auto", "float32", "bfloat16"] = "float32"
     """Number format of matrix products."""
     device: Device = "auto"
     """Where to run."""
 
     def __post_init__(self) -> None:
+        if len(self.parallel) not in (0, 2):
+            raise UsageError("needs two texts", where="--parallel", found=len(self.parallel))
         for name in ("context", "stride", "max_bytes"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -300,6 +330,7 @@ _PLACES = {
     "lora_rank": "weights.lora_rank",
     "lora_alpha": "weights.lora_alpha",
     "lora_train_only": "weights.lora_train_only",
+    "languages": "stream.languages",
 }
 
 

@@ -7,7 +7,7 @@ context; a block with a matrix state remembers a fixed number of bytes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jaxtyping import Float
 from torch import Tensor
@@ -25,6 +25,8 @@ class State:
     """What each block remembers."""
     memory: Float[Tensor, "batch tokens d_model"] | None = None
     """The recurrent memory, if there is one."""
+    shift: int = 0
+    """Learned position of the first byte: drawn in training, 0 otherwise."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> State:
         """The state with `change` applied to each of its tensors.
@@ -35,7 +37,8 @@ class State:
         (torch.Size([1, 5]), 20)
         """
         layers = tuple(tuple(change(tensor) for tensor in layer) for layer in self.layers)
-        return State(self.position, layers, None if self.memory is None else change(self.memory))
+        memory = None if self.memory is None else change(self.memory)
+        return replace(self, layers=layers, memory=memory)
 
     def detach(self) -> State:
         """The state cut off from the graph: what is carried from one training step to the next."""

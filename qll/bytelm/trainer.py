@@ -27,6 +27,7 @@ from qll.bytelm.evaluate import bits_per_byte
 from qll.bytelm.growth import grow
 from qll.bytelm.leak import require_causal, require_plausible
 from qll.bytelm.learner import Learner
+from qll.bytelm.mixture import Mixture
 from qll.bytelm.model import ByteModel
 from qll.bytelm.progress import Progress, train_line, validation_line
 from qll.bytelm.runfiles import RunFiles
@@ -54,8 +55,10 @@ class Trainer:
         held_out: Sequence[np.ndarray],
         steps: int | None,
         precision: torch.dtype = torch.float32,
+        mixture: Mixture | None = None,
     ) -> None:
         self.config, self.loader, self.held_out = config, loader, list(held_out)
+        self.mixture = mixture
         self.files, self.stages = RunFiles(config.out), config.curriculum()
         self.precision, self.device = precision, model.embedding.weight.device
         self.schedule = Schedule(steps, config.max_seconds, config.learning.warmup_steps)
@@ -98,6 +101,8 @@ class Trainer:
             self.progress = Progress(**facts["progress"])
             self.validated_step = facts["validated_step"]
             self.loader.restore({**facts["data"], **groups.get("data", {})})
+            if self.mixture is not None:
+                self.mixture.restore(facts.get("mixture", {}))
             torch.set_rng_state(groups["random"]["cpu"].cpu())
             if "cuda" in groups["random"]:
                 torch.cuda.set_rng_state(groups["random"]["cuda"].cpu())
@@ -121,6 +126,8 @@ class Trainer:
             "data": {name: value for name, value in position.items() if name not in rows},
             "model": self.learner.model.config.to_dict(),
         }
+        if self.mixture is not None:
+            facts["mixture"] = self.mixture.state()
         groups = {**self.learner.groups(), "random": random, "data": rows}
         write_checkpoint(self.files.checkpoint, groups, facts)
         self.saved_at = time.monotonic()
@@ -164,6 +171,8 @@ class Trainer:
             check = self.device.type == "cpu" or (progress.step + 1) % watch.log_every == 0
             norm = self.learner.step(self.loader, progress.step + 1, done, rate, check)
             progress.step += 1
+            if self.mixture is not None:
+                self.mixture.after_step(self.learner.model, progress.step)
             progress.bytes += self._bytes_per_step
             progress.seconds = before + time.monotonic() - started
             if progress.step % watch.log_every == 0:
@@ -269,6 +278,7 @@ class Trainer:
             learning_rate=rate,
             gradient_norm=norm,
             stage=self.stages[progress.stage].name,
+            **({} if self.mixture is None else {"weights": self.mixture.weights()["last"]}),
         )
         store.append_line(self.files.metrics, line)
         done = self.schedule.done(progress.step, progress.seconds)

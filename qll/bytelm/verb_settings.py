@@ -30,6 +30,8 @@ class LmGenerateConfig:
     slide: bool = False
     """Take a prompt longer than the model's window: all of it where the model has recurrent parts,
     else its end."""
+    language: str = ""
+    """Language of the text, for a model that was trained with --languages; default: none."""
     seed: int = 0
     """Seed of the sampling."""
     device: Device = "auto"

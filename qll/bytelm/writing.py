@@ -11,6 +11,7 @@ import torch
 
 from qll.bytelm.compare import PROMPTS, continuations, read_prompts, table
 from qll.bytelm.generate import candidates, encode_prompt, generate
+from qll.bytelm.languages import number_of
 from qll.bytelm.rerank import rerank
 from qll.bytelm.saved import load_lm
 from qll.bytelm.verb_settings import LmCompareConfig, LmGenerateConfig
@@ -19,6 +20,7 @@ from qll.bytelm.verb_settings import LmCompareConfig, LmGenerateConfig
 def write(config: LmGenerateConfig, device: torch.device) -> Iterator[str]:
     """Pieces of the continuation; with several candidates, the best of them in one piece."""
     model = load_lm(config.folder, device)
+    language = number_of(config.language, model.config.stream.languages)
     if config.candidates == 1:
         yield from generate(
             model,
@@ -27,14 +29,21 @@ def write(config: LmGenerateConfig, device: torch.device) -> Iterator[str]:
             config.sampling,
             seed=config.seed,
             slide=config.slide,
+            language=language,
         )
         return
     prompt = encode_prompt(config.prompt)
     seeds = range(config.seed, config.seed + config.candidates)
     texts = candidates(
-        model, prompt, config.max_new_tokens, config.sampling, seeds=seeds, slide=config.slide
+        model,
+        prompt,
+        config.max_new_tokens,
+        config.sampling,
+        seeds=seeds,
+        slide=config.slide,
+        language=language,
     )
-    yield rerank(model, prompt, texts)[0].text.decode()
+    yield rerank(model, prompt, texts, language=language)[0].text.decode()
 
 
 def compare(config: LmCompareConfig, device: torch.device) -> str:

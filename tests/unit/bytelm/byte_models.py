@@ -24,7 +24,9 @@ def mixer(*pattern: str, **settings) -> dict:
 
 EVERYTHING = {
     **mixer("interference", "attention", conv=3, states=2),
-    "stream": StreamConfig(numbers="complex", phase="rotation", brickwall=2),
+    "stream": StreamConfig(
+        numbers="complex", phase="rotation", brickwall=2, languages=("en", "de")
+    ),
     "memory": MemoryConfig(global_tokens=2, memory_tokens=2, segment=6),
     "concept": ConceptConfig(kind="topk", codes=20, k=3),
     "weights": WeightConfig(width_groups=3),
@@ -32,6 +34,12 @@ EVERYTHING = {
 PARTS: dict[str, dict] = {
     "plain": {},
     "tied": {"tie": True},
+    "learned positions": {"positions": "learned"},
+    "learned positions beside memories": {
+        "positions": "learned",
+        "memory": MemoryConfig(global_tokens=2, memory_tokens=2, segment=6),
+    },
+    "no positions": {"positions": "none"},
     "convolution": mixer("attention", conv=4),
     "interference": mixer("interference", states=2),
     "interference real": mixer("interference", states=2, numbers="real"),
@@ -41,6 +49,7 @@ PARTS: dict[str, dict] = {
     "born real": mixer("born", numbers="real"),
     "hybrid": mixer("delta", "attention", conv=3),
     "rotation": {"stream": StreamConfig(phase="rotation")},
+    "languages": {"stream": StreamConfig(phase="rotation", languages=("en", "de"))},
     "scaling": {"stream": StreamConfig(phase="scaling")},
     "complex": {"stream": StreamConfig(numbers="complex")},
     "complex modReLU": {"stream": StreamConfig(numbers="complex", activation="modrelu")},
@@ -67,6 +76,7 @@ PARTS: dict[str, dict] = {
     "mpo": {"weights": WeightConfig(format="mpo")},
     "tree": {"weights": WeightConfig(format="tree")},
     "kron": {"weights": WeightConfig(format="kron")},
+    "adaptive rank": {"weights": WeightConfig(format="lowrank", rank_groups=3)},
     "adapters": {"weights": WeightConfig(lora_rank=2, lora_alpha=4.0)},
     "everything": EVERYTHING,
 }
