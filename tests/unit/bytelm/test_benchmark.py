@@ -58,7 +58,9 @@ def test_all_cells_of_an_ablation_read_the_same_bytes_whatever_the_machine_does(
     assert abs(budget / (8 * 60 * 6000) - 1) < 0.01
 
 
-@pytest.mark.parametrize("part", ["phase rotation", "dynamic width", "MPO linears"])
+@pytest.mark.parametrize(
+    "part", ["phase rotation", "dynamic width", "dynamic rank", "learned positions", "MPO linears"]
+)
 def test_parts_are_compared_at_equal_parameters(part):
     plain = count_parameters(bytelm_rows.config_of(()))
     for settings in PARTS[part]:
