@@ -6,8 +6,11 @@
 
 There are as many learned vectors as a window has bytes, and after the last comes the first again:
 no two bytes of a window share one, and reading goes on beyond them. So that this is no surprise to
-the model, a window of training begins at a random one of them (Kiyono et al. 2021, "SHAPE"). Only
-bytes take a vector: learned prefixes and memory vectors have none, and use none up.
+the model, a window of training begins at a random one of them (Kiyono et al. 2021, "SHAPE"). That
+is paid for: a small model (64 channels, 2 blocks, 700 steps, one seed) needed 2.21 bits per byte in
+the first window and 2.0 to 2.1 beyond it, 2.05 and 4.2 to 4.3 when every window of training began
+at the first vector, and 1.96 and 1.8 with rotary angles. Only bytes take a vector: learned prefixes
+and memory vectors have none, and use none up.
 """
 
 from __future__ import annotations
