@@ -22,6 +22,7 @@ from qll.convert.widths import rounding_losses, with_widths
 from qll.errors import ConfigError, UsageError
 from qll.load import open_source
 from qll.options import ConvertOptions
+from qll.tn import rounding
 from qll.tn.network import NetworkSpec
 from qll.tn.packed import BITS, Packing
 
@@ -59,6 +60,17 @@ def test_the_expected_loss_of_a_matrix_is_near_the_real_one(bits, sides):
     assert 0.7 < expected / (0.5 * metric.norm_squared(error)) < 1.4
 
 
+def test_a_sample_of_rows_expects_what_all_of_them_do(monkeypatch):
+    hand = torch.Generator().manual_seed(0)
+    weights = torch.rand(600, generator=hand, dtype=torch.float64).pow(8) + 1e-4
+    rows = torch.randn(600, 64, generator=hand, dtype=torch.float64) * weights[:, None] ** -0.25
+    metric = Metric("kfac", weights, correlated(64))
+    sampled = rounding_losses(rows, metric, 32)
+    monkeypatch.setattr(rounding, "SAMPLED_ROWS", 600)
+    whole = rounding_losses(rows, metric, 32)
+    assert all(0.93 < sampled[bits] / whole[bits] < 1.07 for bits in BITS)
+
+
 def test_a_low_rank_network_is_promised_about_what_it_loses():
     hand = torch.Generator().manual_seed(0)
     weight = torch.randn(96, 128, generator=hand, dtype=torch.float64) @ correlated(128)
@@ -66,8 +78,8 @@ def test_a_low_rank_network_is_promised_about_what_it_loses():
     spec = NetworkSpec("lowrank", (96, 128), (24,), gauge="interpolative")
     network = fit([weight], spec, [metric], torch.float64).network
     item = replace(dense(unit), spec=spec, params=sum(core.numel() for core in network.cores))
-    rounding = {"w": rounding_losses(weight, metric, 32)}
-    promised = {one.bits: one.loss for one in with_widths([item], rounding, 32)}
+    losses = {"w": rounding_losses(weight, metric, 32)}
+    promised = {one.bits: one.loss for one in with_widths([item], losses, 32)}
     for bits in (2, 3, 4):
         rounded = round_network(network, Packing(bits, 32), [metric])
         real = metric.norm_squared(network.to_matrix() - rounded.network.to_matrix())
