@@ -70,7 +70,7 @@ class Candidate:
         """
         unit = Unit(tuple(value["members"]), tuple(tuple(shape) for shape in value["shapes"]))
         spec = None if value["spec"] is None else NetworkSpec.from_json(value["spec"])
-        sizes = (value["params"], value["loss"], value["bits"], value["stored_bits"])
+        sizes = (value["params"], value["loss"], value.get("bits", 0), value.get("stored_bits", 0))
         return cls(unit, spec, *sizes)
 
 
