@@ -58,18 +58,24 @@ def bit_lines(rows: dict[str, Any], text: str) -> dict[str, list[tuple[float, fl
     for method, keep in unique(
         (cell.method, cell.keep) for cell in all_cells() if cell.table == "bits"
     ):
-        lines.setdefault(family(method), []).extend(
+        lines.setdefault(family(method, keep), []).extend(
             points(rows, method, (keep,), text, "bits_per_weight")
         )
     return {name: sorted(line) for name, line in lines.items()}
 
 
-def family(method: str) -> str:
+def family(method: str, keep: float = 1.0) -> str:
     """The line a quantised method is a point of.
 
     >>> family("rtn_int4"), family("gguf_q4_0"), family("fp16")
     ('round to nearest', 'GGUF', 'float16')
+    >>> family("ours_best_int4"), family("ours_best_3.5_bits")
+    ('ours: one width, best', 'ours: a width each, best')
     """
+    if method.startswith("ours"):
+        effort = method.split("_")[1]
+        width = "a width each" if method.endswith("bits") else "one width"
+        return f"ours: {width if keep == 1.0 else 'fewer numbers'}, {effort}"
     names = {"rtn": "round to nearest", "gguf": "GGUF", "gptq": "GPTQ", "fp16": "float16"}
     return names.get(method.split("_")[0], method)
 
