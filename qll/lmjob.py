@@ -26,7 +26,7 @@ from qll.bytelm.evaluate import bits_per_byte
 from qll.bytelm.growth import grow
 from qll.bytelm.languages import ids_of, tagged
 from qll.bytelm.loaders import HELD_OUT_NAME, TEXTS_NAME, build_loaders
-from qll.bytelm.mixture import Mixture
+from qll.bytelm.mixture import Mixture, require_reference
 from qll.bytelm.model import ByteModel
 from qll.bytelm.packed import PackedText, sample, total_bytes
 from qll.bytelm.parallel import parallel_lines, parallel_retrieval
@@ -74,6 +74,7 @@ def train(config: LMTrainConfig) -> dict[str, Any]:
     _require_windows(parts, model_config.context, config.texts.max_samples)
     _require_memory_read(model_config)
     _require_tagged(config, model_config)
+    reference = _reference(config, parts, model_config, device)
     torch.manual_seed(config.seed)
     model = started(config, ByteModel(model_config)).to(device)
     require_growth(config, model)
@@ -86,7 +87,7 @@ def train(config: LMTrainConfig) -> dict[str, Any]:
         steps = number_of_steps(config, parts, loader)
         if not files.checkpoint.is_file():
             start_embedding(config, model, parts)
-        mixture = _mixture(config, loader, model_config, device)
+        mixture = None if reference is None else Mixture(loader, reference)
         trainer = Trainer(config, model, loader, few, steps, precision, mixture)
         trainer.restore()
         stopped_by = trainer.run()
@@ -298,16 +299,15 @@ def _data(
     )
 
 
-def _mixture(
-    config: LMTrainConfig,
-    loader: BatchLoader | StreamLoader,
-    model: ModelConfig,
-    device: torch.device,
-) -> Mixture | None:
-    """What moves the weights of the texts, with --reference."""
+def _reference(
+    config: LMTrainConfig, parts: Sequence[Part], model: ModelConfig, device: torch.device
+) -> ByteModel | None:
+    """The model of --reference, if there is one; raises UsageError when it does not fit."""
     if config.texts.reference is None:
         return None
-    return Mixture(loader, load_lm(config.texts.reference, device), model.stream.languages)
+    found = load_lm(config.texts.reference, device)
+    require_reference(found.config, len(parts), model.stream.languages)
+    return found
 
 
 def _result(

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float64
 from torch.nn import functional
 
-from qll.bytelm.config import VOCAB
+from qll.bytelm.config import VOCAB, ModelConfig
 from qll.bytelm.dataset import BatchLoader
 from qll.bytelm.model import ByteModel
 from qll.errors import IntegrityError, UsageError
@@ -42,26 +42,31 @@ def moved(
     return (1 - SMOOTHING) * grown / grown.sum() + SMOOTHING / len(weights)
 
 
-class Mixture:
-    """The weights of a loader's texts, moved while a model learns.
+def require_reference(reference: ModelConfig, texts: int, languages: tuple[str, ...] = ()) -> None:
+    """Raise UsageError for a single text, and for a reference that knows other languages.
 
-    Raises UsageError for a single text, and for a reference that knows other languages.
+    >>> require_reference(ModelConfig(), texts=1)
+    Traceback (most recent call last):
+    ...
+    qll.errors.UsageError: --reference: weighs texts against each other (found a single text)
     """
+    if texts < 2:
+        raise UsageError(
+            "weighs texts against each other", where="--reference", found="a single text"
+        )
+    known = reference.stream.languages
+    if known and known != languages:
+        raise UsageError(
+            "knows other languages", where="--reference", expected=languages, found=known
+        )
 
-    def __init__(
-        self, loader: BatchLoader, reference: ByteModel, languages: tuple[str, ...] = ()
-    ) -> None:
-        if len(loader.datasets) < 2:
-            raise UsageError(
-                "weighs texts against each other", where="--reference", found="a single text"
-            )
-        known = reference.config.stream.languages
-        if known and known != languages:
-            raise UsageError(
-                "knows other languages", where="--reference", expected=languages, found=known
-            )
+
+class Mixture:
+    """The weights of a loader's texts, moved while a model learns."""
+
+    def __init__(self, loader: BatchLoader, reference: ByteModel) -> None:
         self.loader, self.reference = loader, reference.eval()
-        self.knows_languages = bool(known)
+        self.knows_languages = bool(reference.config.stream.languages)
         self.sum, self.moves = np.zeros(len(loader.datasets)), 0
 
     def after_step(self, model: ByteModel, number: int) -> None:

@@ -90,6 +90,8 @@ def bond_ranks(model: ByteModel, ids: Int[Tensor, "batch seq"]) -> list[BondRank
     ('blocks.0.mixer.out', 8, 8.0)
     """
     linears = {name: item for name, item in model.named_modules() if isinstance(item, AdaptiveRank)}
+    if not linears:
+        return []
     seen: dict[str, list[Tensor]] = {name: [] for name in linears}
     hooks = [
         item.register_forward_pre_hook(

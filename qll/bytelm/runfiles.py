@@ -9,7 +9,8 @@
       model/              best weights by validation (the EMA's, when there is one): `load_model`
       last/               weights at the end of training, in the same layout
       training.json       the result; its presence says that the run is complete
-      data/               packed texts (uint8 with document boundaries), kept for `lm eval`
+      data/               packed texts (uint8 with document boundaries, or shards of that by
+                          --compress; languages beside them), kept for `lm eval`
 
 A line of metrics.jsonl with "kind": "train" has: step, bytes (trained on so far), loss (nats per
 byte, cross-entropy alone), bits_per_byte, learning_rate, gradient_norm, tokens_per_second (bytes

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from qll import cli
 from qll.bytelm.config import ModelConfig, StreamConfig
 from qll.bytelm.dataset import BatchLoader, MemoryEfficientByteDataset
-from qll.bytelm.mixture import EVERY, SMOOTHING, Mixture, moved
+from qll.bytelm.mixture import EVERY, SMOOTHING, Mixture, moved, require_reference
 from qll.bytelm.model import ByteModel
 from qll.bytelm.packed import Document, pack
 from qll.bytelm.saved import save_model
@@ -130,13 +130,24 @@ def test_ranks_that_move_alike_share_every_batch_and_resume(packed):
         whole[1].restore({"sum": [1.0], "moves": 1})
 
 
-def test_mixtures_that_make_no_sense_are_refused(packed):
+def test_references_that_make_no_sense_are_refused():
     with pytest.raises(UsageError, match="--reference: weighs texts against each other"):
-        Mixture(loader_of(packed[:1]), ByteModel(SMALL))
-    stream = StreamConfig(phase="rotation", languages=("en",))
-    german = ByteModel(ModelConfig(d_model=16, n_layers=1, n_heads=2, stream=stream))
+        require_reference(SMALL, texts=1)
+    english = ModelConfig(stream=StreamConfig(phase="rotation", languages=("en",)))
     with pytest.raises(UsageError, match="knows other languages"):
-        Mixture(loader_of(packed), german, ("de",))
+        require_reference(english, texts=2, languages=("de",))
+    require_reference(english, texts=2, languages=("en",))
+    require_reference(SMALL, texts=2, languages=("de",))
+
+
+def test_a_reference_without_languages_reads_bytes_alone(tmp_path):
+    text = Document("en", b"the quick brown fox jumps over it " * 90, language=1)
+    paths = [pack([text], tmp_path / name) for name in "ab"]
+    mixture = Mixture(loader_of(paths), ByteModel(SMALL))
+    stream = StreamConfig(phase="rotation", languages=("en",))
+    model = ByteModel(ModelConfig(d_model=16, n_layers=1, n_heads=2, context=16, stream=stream))
+    assert (mixture.excess(model) >= 0).all()
+    assert Mixture(loader_of(paths), model).excess(model) == pytest.approx([0, 0])
 
 
 def test_a_run_with_a_reference_writes_its_weights_and_resumes(tmp_path, monkeypatch, capsys):
@@ -173,5 +184,10 @@ def test_a_run_with_a_reference_writes_its_weights_and_resumes(tmp_path, monkeyp
     last = [tmp_path / out / "last" / "model.safetensors" for out in ("whole", "killed")]
     assert last[0].read_bytes() == last[1].read_bytes()
     capsys.readouterr()
+    single = words("single")
+    single.remove(str(tmp_path / "b"))
+    assert cli.main(single) == 2
+    assert "--reference: weighs texts against each other" in capsys.readouterr().err
+    assert not (tmp_path / "single" / "run.json").exists()  # nobody's folder yet
     assert cli.main([*words("no"), "--streaming"]) == 2
     assert "--reference: is for texts that are packed" in capsys.readouterr().err
