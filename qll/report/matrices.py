@@ -21,6 +21,7 @@ ORDER = (
 )  # fmt: skip
 METRICS = (
     ("kept", "Parameters kept", "parameters stored / parameters of the dense matrix"),
+    ("bits", "Stored bits", "bits stored per weight of the dense matrix, scales and all"),
     ("rel_error", "Relative error", "norm of the difference / norm of the dense matrix"),
     (
         "metric_error",
@@ -56,6 +57,7 @@ def matrix_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
         shape = matrix.get("shape") or shapes.get(matrix["name"])
         values = {
             "kept": units.ratio(matrix["params_dense"], matrix["params"]),
+            "bits": _stored_bits(matrix),
             "rel_error": matrix["rel_error"],
             "metric_error": matrix["metric_error"],
             "predicted": _thousandths(matrix.get("predicted_loss")),
@@ -190,6 +192,13 @@ def format_counts(matrices: Iterable[Mapping[str, Any]]) -> str:
     counts = Counter(matrix["format"] for matrix in matrices)
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     return ", ".join(f"{count} {name}" for name, count in ordered)
+
+
+def _stored_bits(matrix: Mapping[str, Any]) -> Number | None:
+    """Per weight of the dense matrix, where numbers are packed."""
+    if not matrix.get("bits"):
+        return None
+    return 8 * matrix["bytes"] / matrix["params_dense"]
 
 
 def modes_text(modes: Any) -> str:

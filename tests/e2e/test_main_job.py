@@ -155,7 +155,9 @@ def test_a_budget_of_bits_is_kept_in_the_files(tiny_checkpoint, tmp_path, capsys
     assert float((packed - dense).abs().max()) < 1e-4
     assert main(["plan", *flags, "--out", str(tmp_path / "plan")]) == 0
     assert "bits of" in capsys.readouterr().out
-    assert "bits per weight (3.5 asked for)" in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert "bits per weight (3.5 asked for)" in page
+    assert "Stored bits" in page
     assert main(["report", "--run", str(out)]) == 0
     assert "bits per weight (3.5 asked for)" in capsys.readouterr().out
     assert main([*flags, "--out", str(out), "--dry_run"]) == 0
