@@ -373,13 +373,13 @@ def _documents_to_score(
 
 def _ranks(model: ByteModel, documents: Sequence[np.ndarray]) -> dict[str, Any]:
     """Mean and full rank of every linear of adaptive rank, on the first windows of documents."""
+    if not model.config.weights.rank_groups:
+        return {}
     context = model.config.context
     ids = np.concatenate(sample(documents, RANKED * context)).astype(np.int64)
     width = min(context, len(ids))
     windows = torch.from_numpy(ids[: len(ids) // width * width].reshape(-1, width))
     found = bond_ranks(model, windows.to(model.embedding.weight.device))
-    if not found:
-        return {}
     return {"ranks": {item.linear: [item.mean_rank, item.full_rank] for item in found}}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 import numpy as np
@@ -10,19 +11,19 @@ from qll.bytelm.config import VOCAB
 from qll.bytelm.languages import Spans
 
 
-class StoredText:
+class StoredText(ABC):
     """What windows are read from: packed.PackedText and compressed.CompressedText."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.languages = path, Spans.read(path)
 
+    @abstractmethod
     def __len__(self) -> int:
         """Bytes of it, boundaries included."""
-        raise NotImplementedError
 
+    @abstractmethod
     def gather(self, starts: np.ndarray, length: int) -> np.ndarray:
         """uint8[len(starts), length]: the bytes from each of `starts` on."""
-        raise NotImplementedError
 
     def ids(self, starts: np.ndarray, length: int) -> np.ndarray:
         """[len(starts), length]: the same as ids; uint16 when documents are in languages."""

@@ -60,7 +60,7 @@ class PlanEntry:
         if spec is not None:
             require_valid(spec, where=unit.name)
         bits = value.get("bits", 0)
-        if bits not in (0, *BITS):
+        if type(bits) is not int or bits not in (0, *BITS):
             raise ConfigError(
                 "not a width of integers",
                 where=unit.name,

@@ -145,8 +145,8 @@ def expected_losses(
     >>> 0.9 < expected / float(real) < 1.1
     True
     """
-    weight, order = _order(left, len(rows))
-    above = _pivots(_upper_root(left if weight is None else weight, order), len(rows))
+    _, order = _order(left, len(rows))
+    above = _pivots(_upper_root(left, order), len(rows))
     beside = _pivots(_upper_root(right, torch.arange(rows.shape[1])), rows.shape[1])
     seen, counts = _sampled(above)
     target = _finite(rows[order[seen]])

@@ -135,7 +135,7 @@ def test_a_plan_of_bits_survives_json_and_an_entry_without_a_width_does_not(
     plan.save(tmp_path / "plan.json")
     assert load_plan(tmp_path / "plan.json", source.config) == plan
     value = json.loads((tmp_path / "plan.json").read_text())
-    for bits, message in ((0, "without a width"), (5, "not a width")):
+    for bits, message in ((0, "without a width"), (5, "not a width"), (3.0, "not a width")):
         value["entries"][0]["bits"] = bits
         store.write_json(tmp_path / "plan.json", value)
         with pytest.raises(ConfigError, match=message):
